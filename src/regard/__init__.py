@@ -1,0 +1,26 @@
+"""regard: visual attention behind one front door.
+
+``attend(q, k, v, pattern)`` computes any softmax attention of the field, exactly, on any device; mixers, models and systems
+are built from it, and :mod:`regard.lens` shows what they look at.
+"""
+
+from .layers.mixers import create_mixer, list_mixers
+from .models import create_model, list_models, load_checkpoint
+from .ops import Source, attend, merge, patterns
+from .ops.planning import backends, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Source",
+    "attend",
+    "backends",
+    "create_mixer",
+    "create_model",
+    "list_mixers",
+    "list_models",
+    "load_checkpoint",
+    "merge",
+    "patterns",
+    "plan",
+]

@@ -1,0 +1,1 @@
+"""Modules: mixers, blocks, gates, pools, positions, stems, MLPs."""

@@ -1,0 +1,49 @@
+"""Mixers by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+
+from torch import nn
+
+_MIXERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator that makes a mixer available as ``create_mixer(name, dim=..., heads=...)``."""
+
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        if name in _MIXERS:
+            raise ValueError(f"mixer {name!r} is registered already")
+        _MIXERS[name] = cls
+        return cls
+
+    return add
+
+
+def create_mixer(name: str, **arguments) -> nn.Module:
+    """Create a mixer by name.
+
+    Args:
+        name: one of :func:`list_mixers`.
+        **arguments: its constructor's; all take ``dim`` and ``heads``.
+
+    Raises:
+        ValueError: unknown name, with the nearest matches.
+    """
+    return mixer_class(name)(**arguments)
+
+
+def mixer_class(name: str) -> Callable[..., nn.Module]:
+    """The constructor behind a mixer's name."""
+    if name not in _MIXERS:
+        near = difflib.get_close_matches(name, _MIXERS, n=3, cutoff=0.4) or sorted(_MIXERS)
+        raise ValueError(f"unknown mixer {name!r}; did you mean {', '.join(near)}?")
+    return _MIXERS[name]
+
+
+def list_mixers(pattern: str = "*") -> list[str]:
+    """Names of the mixers that match a shell-style pattern."""
+    return sorted(fnmatch.filter(_MIXERS, pattern))

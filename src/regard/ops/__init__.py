@@ -1,0 +1,7 @@
+"""Tensors in, tensors out, no parameters: attention, its patterns and its backends."""
+
+from . import patterns
+from .attention import attend, merge
+from .call import Source, TableBias
+
+__all__ = ["Source", "TableBias", "attend", "merge", "patterns"]

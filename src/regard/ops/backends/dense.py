@@ -1,0 +1,49 @@
+"""Dense attention with a mask: torch's scaled_dot_product_attention, on any device.
+
+Cost: all pairs of queries and keys, whatever the pattern; the mask and the bias are materialised.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..call import Call
+from ..patterns import Causal
+from . import reference
+
+
+def supports(call: Call) -> str | None:
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    if call.need_lse:
+        return reference.run(call)
+    q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (call.q, call.k, call.v))
+    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and call.bias is None and call.valid is None
+    mask = None if causal else call.mask()
+    bias = call.dense_bias()
+    if bias is not None:
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf)
+        bias = bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q, k, v,
+        attn_mask=_full(mask if bias is None else bias, call),
+        dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    if mask is not None and may_be_empty(call):
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2).unflatten(1, call.q_grid), None
+
+
+def may_be_empty(call: Call) -> bool:
+    """Whether a query may see no key at all: every static separable pattern shows a query at least one."""
+    return call.valid is not None or not call.pattern.static or hasattr(call.pattern, "members")
+
+
+def _full(mask: Tensor | None, call: Call) -> Tensor | None:
+    """The fused kernels take masks whose last two axes are full."""
+    return None if mask is None else mask.expand(*mask.shape[:2], call.queries, call.keys)

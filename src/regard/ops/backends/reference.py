@@ -1,0 +1,44 @@
+"""The definition: explicit logits, softmax and weighted sum, in at least float32. Slow, large, and right."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..call import Call
+
+
+def supports(call: Call) -> str | None:
+    return None
+
+
+def logits(call: Call, rows: Tensor | None = None) -> Tensor:
+    """Scaled and biased logits ``(batch, heads, queries, keys)``, ``-inf`` where a key is not visible."""
+    kind = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    q = call.q.flatten(1, -3)
+    q = (q if rows is None else q[:, rows]).to(kind)
+    k = call.k.flatten(1, -3).to(kind).repeat_interleave(call.heads // call.k.shape[-2], 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * call.scale
+    bias = call.dense_bias(rows)
+    if bias is not None:
+        scores = scores + bias.to(kind)
+    mask = call.mask(rows)
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax weights and log-sum-exp of each row; a row of ``-inf`` gives weights 0 and lse ``-inf``."""
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1, keepdim=True)
+    weights = torch.exp(scores.masked_fill(empty, -torch.inf) - lse)
+    return weights, lse.masked_fill(empty, -torch.inf).squeeze(-1)
+
+
+def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    weights, lse = normalise(logits(call))
+    weights = F.dropout(weights, call.dropout)
+    v = call.v.flatten(1, -3).to(weights.dtype).repeat_interleave(call.heads // call.v.shape[-2], 2)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
+    lse = lse.transpose(1, 2).unflatten(1, call.q_grid) if call.need_lse else None
+    return out.unflatten(1, call.q_grid), lse

@@ -1,0 +1,308 @@
+"""What is asked of a backend: sources, checked and broken into calls.
+
+A :class:`Source` is what the user writes; a :class:`Call` is one attention of all its query heads to one source, with
+shapes checked, zero keys appended and grids flattened where only the order of tokens counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .patterns import Dense, Pattern, PerHead, as_pattern, grid_positions
+
+
+@runtime_checkable
+class TableBias(Protocol):
+    """A learned bias over relative offsets: ``table`` is ``(heads, *offsets)`` indexed by ``pattern.offset``.
+
+    Entry ``extent`` of an axis (its middle) is offset 0, where ``2 * extent + 1`` is the size of that axis.
+    """
+
+    table: Tensor
+    pattern: Pattern
+
+
+Bias = Tensor | TableBias
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Keys and values, the pattern that says which of them each query sees, and an optional bias.
+
+    Args:
+        k, v: ``(batch, *grid, heads, dim)``; the heads divide the query heads.
+        pattern: a pattern, or its text form.
+        q: queries used for this source instead of the common ones.
+        bias: added to the scaled logits: a tensor that broadcasts to ``(batch, heads, queries, keys)``, tokens in row-major
+            order, or a :class:`TableBias`.
+        valid: ``(batch, *grid)`` boolean, True where a key exists.
+        heads: indices of the query heads that see this source (all by default); ``k`` and ``v`` then serve only those.
+    """
+
+    k: Tensor
+    v: Tensor
+    pattern: Pattern | str = Dense()
+    q: Tensor | None = None
+    bias: Bias | None = None
+    valid: Tensor | None = None
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One attention to one source, ready for a backend.
+
+    ``q`` is ``(batch, *q_grid, heads, dim)``, ``k`` and ``v`` are ``(batch, *grid, kv_heads, dim)`` with ``zeros`` zero keys
+    already standing around the true key grid. ``device`` is where it would run (``q`` may be a meta tensor when planning).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pattern: Pattern
+    scale: float
+    bias: Tensor | None = None
+    table: TableBias | None = None
+    valid: Tensor | None = None
+    q_start: tuple[int, ...] = ()
+    zeros: tuple[tuple[int, int], ...] = ()
+    dropout: float = 0.0
+    need_lse: bool = False
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        return self.q.ndim - 3
+
+    @property
+    def q_grid(self) -> tuple[int, ...]:
+        return tuple(self.q.shape[1:-2])
+
+    @property
+    def padded_grid(self) -> tuple[int, ...]:
+        """The key grid with its zero keys."""
+        return tuple(self.k.shape[1:-2])
+
+    @property
+    def k_grid(self) -> tuple[int, ...]:
+        """The true key grid."""
+        return tuple(n - before - after for n, (before, after) in zip(self.padded_grid, self.zeros, strict=True))
+
+    @property
+    def queries(self) -> int:
+        return math.prod(self.q_grid)
+
+    @property
+    def keys(self) -> int:
+        return math.prod(self.padded_grid)
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.bias, self.table.table if self.table else None)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def positions(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Coordinates of the queries ``(queries, 1, rank)`` and of the keys ``(1, keys, rank)``."""
+        q_pos = grid_positions(self.q_grid, self.q_start, self.q.device)
+        k_pos = grid_positions(self.padded_grid, [-before for before, _ in self.zeros], self.q.device)
+        return (q_pos if rows is None else q_pos[rows])[:, None], k_pos[None]
+
+    def mask(self, rows: Tensor | None = None) -> Tensor | None:
+        """Visible pairs, broadcastable to ``(batch, heads, queries, keys)``; None where all are. ``valid`` included."""
+        mask = None
+        if not isinstance(self.pattern, Dense):
+            mask = self.pattern.visible(*self.positions(rows), self.q_grid, self.k_grid)
+            mask = mask if mask.ndim == 4 else mask[None, None]
+        if self.valid is not None:
+            valid = self.valid.reshape(self.valid.shape[0], 1, 1, -1)
+            mask = valid if mask is None else mask & valid
+        return mask
+
+    def dense_bias(self, rows: Tensor | None = None) -> Tensor | None:
+        """The bias, broadcastable to ``(batch, heads, queries, keys)``."""
+        if self.bias is not None:
+            return self.bias if rows is None or self.bias.shape[2] == 1 else self.bias[:, :, rows]
+        if self.table is None:
+            return None
+        q_pos, k_pos = self.positions(rows)
+        index = 0
+        for axis, size in enumerate(self.table.table.shape[1:]):
+            extent = size // 2
+            steps = self.table.pattern.offset(axis, q_pos[..., axis], k_pos[..., axis], self.k_grid[axis], self.rank)
+            index = index * size + steps.clamp(-extent, extent) + extent  # out of range only where invisible
+        return self.table.table.flatten(1)[:, index][None]
+
+
+def break_up(
+    q: Tensor, sources: Sequence[Source], *, scale: float | None, q_start: int | Sequence[int], dropout: float, need_lse: bool
+) -> list[list[tuple[tuple[int, ...] | None, Call]]]:
+    """For each source, the calls that compute it and the query heads each of them covers (None for all)."""
+    if q.ndim < 4:
+        raise ValueError(f"q must be (batch, *grid, heads, head_dim) with at least one grid axis; got {tuple(q.shape)}")
+    if not sources:
+        raise ValueError("attend needs at least one source")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return [_calls_of(q, source, scale, q_start, dropout, need_lse) for source in sources]
+
+
+def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, need_lse: bool):
+    pattern = as_pattern(source.pattern)
+    common = q
+    q = q if source.q is None else source.q
+    if source.q is not None and (q.shape[:-2] != common.shape[:-2] or q.shape[-2:] != common.shape[-2:]):
+        raise ValueError(f"a source's own q must have the shape of q, {tuple(common.shape)}; got {tuple(q.shape)}")
+    k, v, heads = source.k, source.v, source.heads
+    if heads is not None:
+        if not heads or not all(0 <= i < q.shape[-2] for i in heads) or len(set(heads)) != len(heads):
+            raise ValueError(f"heads must be distinct indices below {q.shape[-2]}; got {heads}")
+        q = q[..., list(heads), :]
+    q, k, v = _common_dtype(q, k, v)
+    _check_tensors(q, k, v)
+    bias, table = source.bias, None
+    if bias is not None and not isinstance(bias, Tensor):
+        if not isinstance(bias, TableBias):
+            raise ValueError(f"bias must be a tensor or have a table and a pattern; got {type(bias).__name__}")
+        bias, table = None, bias
+    valid = source.valid
+    if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) not in {k.shape[:-2], (1, *k.shape[1:-2])}):
+        raise ValueError(f"valid must be boolean {tuple(k.shape[:-2])}; got {valid.dtype} {tuple(valid.shape)}")
+    start = tuple(q_start) if isinstance(q_start, (tuple, list)) else (q_start,) + (0,) * (q.ndim - 4)
+    call = Call(
+        q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
+        dropout=dropout, need_lse=need_lse, device=q.device,
+    )  # fmt: skip
+    if bias is not None:
+        call = replace(call, bias=_check_bias(call, bias))
+    if not isinstance(pattern, PerHead):
+        return [(heads, _settle(call))]
+    if pattern.heads != q.shape[-2]:
+        raise ValueError(f"{pattern!r} is for {pattern.heads} heads; q has {q.shape[-2]}")
+    calls, first = [], 0
+    for member, count in pattern.groups:
+        covered = tuple(range(first, first + count))
+        calls.append((tuple(heads[i] for i in covered) if heads else covered, _settle(_take_heads(call, member, first, count))))
+        first += count
+    return calls
+
+
+def _take_heads(call: Call, pattern: Pattern, first: int, count: int) -> Call:
+    """The call restricted to consecutive query heads, under one member of a PerHead."""
+    group = call.heads // call.k.shape[-2]
+    if count % group == 0 and first % group == 0:
+        k, v = (t[..., first // group : (first + count) // group, :] for t in (call.k, call.v))
+    else:
+        each = torch.arange(first, first + count, device=call.k.device) // group
+        k, v = (t.index_select(-2, each) for t in (call.k, call.v))
+    bias, table = call.bias, call.table
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias[:, first : first + count]
+    if table is not None and table.table.shape[0] > 1:
+        table = HeadTable(table.table[first : first + count], table.pattern)
+    return replace(call, q=call.q[..., first : first + count, :], k=k, v=v, pattern=pattern, bias=bias, table=table)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTable:
+    """A plain :class:`TableBias`."""
+
+    table: Tensor
+    pattern: Pattern
+
+
+def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kinds = {t.dtype for t in tensors}
+    if len(kinds) == 1:
+        return tensors
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    raise ValueError(f"q, k and v must share a dtype; got {', '.join(str(t.dtype) for t in tensors)}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    def shapes() -> str:
+        return f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating point; got {q.dtype}")
+    if k.ndim < 4 or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must be (batch, *grid, heads, dim) and agree but in dim; {shapes()}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have the same batch size; {shapes()}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head_dim; {shapes()}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"the heads of q must be a multiple of the heads of k; {shapes()}")
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"no axis may be empty; {shapes()}")
+
+
+def _check_bias(call: Call, bias: Tensor) -> Tensor:
+    full = (call.batch, call.heads, call.queries, call.keys)
+    if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(full), strict=False)):
+        raise ValueError(f"bias must broadcast to (batch, heads, queries, keys) = {full}; got {tuple(bias.shape)}")
+    return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+
+
+def _settle(call: Call) -> Call:
+    """Flatten grids where only the order counts, check the pattern against the grids, append zero keys."""
+    pattern = call.pattern
+    if pattern.flat and call.table is None:
+        q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
+        offset = 0
+        for axis, start in enumerate(call.q_start):
+            offset = offset * (call.k_grid[axis] if len(call.k_grid) == len(call.q_start) else 1) + start
+        valid = None if call.valid is None else call.valid.flatten(1)
+        call = replace(call, q=q, k=k, v=v, valid=valid, q_start=(offset,), zeros=((0, 0),))
+    if call.rank != call.k.ndim - 3:
+        raise ValueError(f"{pattern!r} needs grids of one rank; got queries {call.q_grid}, keys {call.padded_grid}")
+    if len(call.q_start) != call.rank:
+        raise ValueError(f"q_start must have one entry per grid axis, {call.rank}; got {call.q_start}")
+    pattern.check(call.q_grid, call.k_grid)
+    for start, queries, keys in zip(call.q_start, call.q_grid, call.k_grid, strict=True):
+        if not isinstance(pattern, Dense) and (start < 0 or start + queries > keys):
+            raise ValueError(
+                f"{pattern!r} places queries on the key grid: q_start {call.q_start} with a query grid {call.q_grid} "
+                f"leaves the key grid {call.k_grid}"
+            )
+    if call.table is not None:
+        _check_table(call)
+    zeros = tuple(pattern.zero_keys(axis, n, call.rank) for axis, n in enumerate(call.k_grid))
+    return _with_zero_keys(call, zeros) if any(any(pair) for pair in zeros) else call
+
+
+def _check_table(call: Call) -> None:
+    table, pattern = call.table.table, call.table.pattern  # type: ignore[union-attr]  # the caller checked
+    needed = tuple(2 * pattern.extent(axis, n, call.rank) + 1 for axis, n in enumerate(call.k_grid))
+    sizes = tuple(table.shape[1:])
+    if table.shape[0] not in (1, call.heads) or len(sizes) != call.rank or any(n % 2 == 0 for n in sizes):
+        raise ValueError(f"the bias table must be (heads={call.heads}, {call.rank} odd sizes); got {tuple(table.shape)}")
+    if any(have < need for have, need in zip(sizes, needed, strict=True)):
+        raise ValueError(f"{pattern!r} on keys {call.k_grid} needs a bias table over {needed} offsets; got {sizes}: resize it")
+
+
+def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
+    widths = [n for before, after in reversed(zeros) for n in (before, after)]
+    k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (call.k, call.v))
+    valid = None if call.valid is None else F.pad(call.valid, widths, value=True)
+    bias = call.bias
+    if bias is not None and bias.shape[-1] > 1:
+        bias = F.pad(bias.unflatten(-1, call.k_grid), widths).flatten(3)
+    return replace(call, k=k, v=v, valid=valid, bias=bias, zeros=zeros)

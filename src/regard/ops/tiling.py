@@ -1,0 +1,261 @@
+"""Tiles of queries and the keys they need: the plan behind the tiled backend, the cost model and the simulator.
+
+On every axis the queries are partitioned into tiles; a tile needs the union of the keys its queries see. Products of the
+axis tiles cover the grid exactly once, so nothing can count twice. Tiles are grouped by shape, so that a group is a
+rectangular index table: dilation, strides, shifts and borders are all in the tables, no tensor is ever permuted.
+Which pairs of a tile are visible is the same for most tiles: masks are stored once per class of tiles.
+
+Everything here is numpy on plain integers, so it can run while a graph is being traced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from .patterns import Dense, Separable, disjoint_parts, parse
+
+PAIR, ROW, TILE = 1.0, 2.5, 60.0
+"""Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
+
+
+@dataclass(frozen=True, eq=False)
+class AxisTiles:
+    """Tiles of one shape on one axis: ``queries (tiles, tq)``, ``keys (tiles, tk)`` and per class of tiles the ``mask``.
+
+    Queries index the query grid and keys the padded key grid. ``kinds (tiles)`` is the class of each tile; ``mask`` is
+    ``(classes, tq, tk)``, True where visible, and ``offsets`` likewise, the index into a bias table's axis.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    kinds: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TileGroup:
+    """Tiles of one shape on the whole grid: flat indices ``queries (tiles, tq)`` and ``keys (tiles, tk)``.
+
+    ``mask (classes, tq, tk)`` is None where everything is visible; ``offsets (classes, tq, tk)`` index the flattened bias
+    table (None without one); ``row`` is how many consecutive tiles share a position on the leading axes.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    kinds: np.ndarray
+    mask: np.ndarray | None
+    offsets: np.ndarray | None
+    row: int
+
+    @property
+    def pairs(self) -> int:
+        return self.queries.size * self.keys.shape[1]
+
+    @cached_property
+    def blind(self) -> np.ndarray | None:
+        """Classes by queries ``(classes, tq)``: True where a query sees nothing; None where none does."""
+        if self.mask is None:
+            return None
+        blind = ~self.mask.any(-1)
+        return blind if blind.any() else None
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """The disjoint parts of a pattern, each a list of tile groups that covers every query exactly once."""
+
+    parts: tuple[tuple[TileGroup, ...], ...]
+    tile: tuple[int, ...]
+    queries: int
+    keys: int
+
+    @property
+    def computed_pairs(self) -> int:
+        """Pairs of query and key that are computed, per batch item and head."""
+        return sum(group.pairs for part in self.parts for group in part)
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(group.queries) for part in self.parts for group in part)
+
+
+@lru_cache(maxsize=512)
+def tile_plan(
+    spec: str,
+    q_grid: tuple[int, ...],
+    k_grid: tuple[int, ...],
+    q_start: tuple[int, ...],
+    zeros: tuple[tuple[int, int], ...],
+    table: tuple[str, tuple[int, ...]] | None = None,
+    tile: tuple[int, ...] | None = None,
+) -> TilePlan | None:
+    """Plan the tiles of a static pattern, or None where it is not built from separable ones.
+
+    Args:
+        spec: text form of the pattern.
+        q_grid, k_grid: query grid and true key grid.
+        q_start: coordinates of the first query on the key grid.
+        zeros: zero keys before and after each axis of the key grid.
+        table: text form of the bias table's pattern and the table's sizes.
+        tile: queries per tile and axis; by default the cheapest under the cost model.
+    """
+    rank = len(k_grid)
+    parts = disjoint_parts(parse(spec), rank)
+    if parts is None:
+        return None
+    bias = None if table is None else (parse(table[0]), table[1])
+    axes = [(q_grid[a], k_grid[a], q_start[a], zeros[a]) for a in range(rank)]
+    chosen: list[tuple[int, ...]] = []
+    plans = []
+    for part in parts:
+        build = [_axis_builder(part[a], a, rank, *axes[a], bias) for a in range(rank)]
+        size = tile or _cheapest(build)
+        groups = [build[a](size[a]) for a in range(rank)]
+        if all(groups):  # an axis on which nothing is visible empties the part
+            plans.append(tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups)))
+            chosen.append(size)
+    return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(k_grid))
+
+
+def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], bias):
+    """A function from tile size to the tiles of one axis (an empty list where nothing is visible)."""
+    base = _narrowest(literals, axis, rank, queries, length, first)
+    position = np.arange(first, first + queries)
+    window = base.axis_window(axis, position, length, rank)
+    start, count, step = (np.broadcast_to(np.asarray(x), (queries,)).astype(np.int64) for x in window)
+    step_size = int(step[0])
+
+    @lru_cache(maxsize=None)
+    def build(size: int) -> list[AxisTiles]:
+        tiles = []  # (query indices, first key, keys, residue)
+        for residue in np.unique(start % step_size):
+            members = np.nonzero(start % step_size == residue)[0]
+            low = (start[members] - residue) // step_size
+            high = low + count[members]
+            for chunk in _split(low, high, size):
+                tiles.append((members[chunk], int(low[chunk].min()), int(high[chunk].max()), int(residue)))
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for i, (members, low_, high_, _) in enumerate(tiles):
+            band = math.ceil(2 * math.log2(max(high_ - low_, 1)))
+            shapes.setdefault((len(members), band if _ragged(tiles) else 0), []).append(i)
+        groups = []
+        for chosen in shapes.values():
+            group = _axis_tiles([tiles[i] for i in chosen], step_size, literals, axis, rank, length, first, zeros, bias)
+            groups.append(group)
+        if not any(group.mask.any() for group in groups):
+            return []
+        return groups
+
+    return build
+
+
+def _ragged(tiles) -> bool:
+    spans = [high - low for _, low, high, _ in tiles]
+    return max(spans) > 2 * max(min(spans), 1)
+
+
+def _narrowest(literals, axis: int, rank: int, queries: int, length: int, first: int) -> Separable:
+    """The positive condition with the fewest keys: tiles follow its windows."""
+    position = np.arange(first, first + queries)
+    best, fewest = Dense(), math.inf
+    for literal in sorted(literals, key=repr):
+        if literal.positive:
+            total = float(np.mean(literal.pattern.axis_window(axis, position, length, rank).count))
+            if total < fewest:
+                best, fewest = literal.pattern, total
+    return best  # type: ignore[return-value]  # Dense is Separable
+
+
+def _split(low: np.ndarray, high: np.ndarray, size: int) -> list[np.ndarray]:
+    """Partition consecutive queries with key intervals ``[low, high)`` into tiles of about ``size``."""
+    change = np.nonzero((np.diff(low) != 0) | (np.diff(high) != 0))[0] + 1
+    runs = np.split(np.arange(len(low)), change)
+    if len(runs) == 1:
+        return runs
+    apart = all(high[a[0]] <= low[b[0]] for a, b in itertools.pairwise(runs))
+    each = max(len(run) for run in runs)
+    if apart or 2 * each > size:
+        return runs
+    number = max(1, math.ceil(len(low) / size))
+    bounds = np.linspace(0, len(runs), min(number, len(runs)) + 1).round().astype(int)
+    return [np.concatenate(runs[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def _axis_tiles(tiles, step: int, literals, axis: int, rank: int, length: int, first: int, zeros, bias) -> AxisTiles:
+    before, after = zeros
+    queries = np.stack([members for members, *_ in tiles])
+    width = max(high - low for _, low, high, _ in tiles)
+    residue = np.array([r for *_, r in tiles])
+    lowest = -((before + residue) // step)  # first and past-the-end key of each residue class
+    highest = (length + after - 1 - residue) // step + 1
+    begin = np.maximum(np.minimum([low for _, low, _, _ in tiles], highest - width), lowest)
+    slots = begin[:, None] + np.arange(width)
+    real = slots < highest[:, None]
+    slots = np.minimum(slots, highest[:, None] - 1)
+    k_pos = slots * step + residue[:, None]
+    q_pos = queries + first
+    mask = np.broadcast_to(real[:, None, :], (len(tiles), queries.shape[1], width)).copy()
+    for pattern, positive in sorted(literals, key=repr):
+        seen = pattern.axis_visible(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
+        mask &= np.broadcast_to(seen, mask.shape) == positive
+    offsets = np.zeros_like(mask, dtype=np.int64)
+    if bias is not None:
+        pattern, sizes = bias
+        extent = sizes[axis] // 2
+        steps = pattern.offset(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
+        offsets = np.where(mask, np.clip(steps, -extent, extent) + extent, 0)
+    both = np.concatenate([mask.reshape(len(tiles), -1), offsets.reshape(len(tiles), -1)], 1)
+    _, index, kinds = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    return AxisTiles(queries, k_pos + before, kinds.reshape(-1), mask[index], offsets[index])
+
+
+def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGroup:
+    """Combine the tiles of all axes into tiles of the grid."""
+    padded = [n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True)]
+    sizes = bias[1] if bias is not None else (1,) * len(k_grid)
+    queries = tiles[0].queries
+    keys, kinds, mask, offsets = tiles[0].keys, tiles[0].kinds, tiles[0].mask, tiles[0].offsets
+    for axis in range(1, len(tiles)):
+        t = tiles[axis]
+        queries = _outer(queries * q_grid[axis], t.queries)
+        keys = _outer(keys * padded[axis], t.keys)
+        kinds = (kinds[:, None] * len(t.mask) + t.kinds).reshape(-1)
+        shape = (len(mask) * len(t.mask), mask.shape[1] * t.mask.shape[1], mask.shape[2] * t.mask.shape[2])
+        mask = (mask[:, None, :, None, :, None] & t.mask[None, :, None, :, None, :]).reshape(shape)
+        combined = offsets[:, None, :, None, :, None] * sizes[axis] + t.offsets[None, :, None, :, None, :]
+        offsets = combined.reshape(shape)
+    return TileGroup(
+        queries, keys, kinds,
+        None if mask.all() else mask,
+        None if bias is None else offsets,
+        len(tiles[-1].queries),
+    )  # fmt: skip
+
+
+def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``(m, p)`` and ``(n, q)`` to sums ``(m * n, p * q)``."""
+    return (a[:, None, :, None] + b[None, :, None, :]).reshape(len(a) * len(b), -1)
+
+
+def _cheapest(build) -> tuple[int, ...]:
+    """The tile sizes of least estimated cost."""
+    sizes = {1: (8, 16, 32, 64, 128), 2: (2, 4, 7, 8, 14, 16), 3: (1, 2, 4, 8)}.get(len(build), (1, 2, 4))
+    shapes = [
+        {s: [(len(t.queries), t.queries.shape[1], t.keys.shape[1]) for t in b(s)] for s in sizes} for b in build
+    ]  # fmt: skip
+
+    def cost(choice: tuple[int, ...]) -> float:
+        total = 0.0
+        for combination in itertools.product(*(shapes[a][s] for a, s in enumerate(choice))):
+            tiles, tq, tk = (math.prod(c[i] for c in combination) for i in range(3))
+            total += tiles * (tq * tk * PAIR + (tq + tk) * ROW + TILE)
+        return total
+
+    return min(itertools.product(sizes, repeat=len(build)), key=cost)
