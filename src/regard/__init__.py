@@ -4,6 +4,7 @@
 are built from it, and :mod:`regard.lens` shows what they look at.
 """
 
+from . import bench, lens
 from .layers.mixers import create_mixer, list_mixers
 from .models import create_model, list_models, load_checkpoint
 from .ops import Source, attend, merge, patterns
@@ -15,8 +16,10 @@ __all__ = [
     "Source",
     "attend",
     "backends",
+    "bench",
     "create_mixer",
     "create_model",
+    "lens",
     "list_mixers",
     "list_models",
     "load_checkpoint",

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.patterns import Pattern, as_pattern
+from ..ops.patterns import Pattern, as_pattern, grid_positions
+from ..ops.rope import rope
+from .conv import convolve_tokens, depthwise
 
 
 class OffsetBias(nn.Module):
@@ -41,7 +43,7 @@ class OffsetBias(nn.Module):
         self.pattern = as_pattern(pattern)
         self.std = std
         extents = [self.pattern.extent(axis, grid[axis] if grid else None, rank) for axis in range(rank)]
-        self.table = nn.Parameter(torch.empty(heads, *[2 * e + 1 for e in extents], device=device, dtype=dtype))
+        self.table: Tensor = nn.Parameter(torch.empty(heads, *[2 * e + 1 for e in extents], device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -55,5 +57,75 @@ def resize_offset_table(table: Tensor, sizes: Sequence[int]) -> Tensor:
     """Resize a 2-D offset table ``(heads, rows, columns)`` bicubically, as fine-tuning at another window size does."""
     if tuple(table.shape[1:]) == tuple(sizes):
         return table
-    resized = nn.functional.interpolate(table[None].float(), size=tuple(sizes), mode="bicubic", align_corners=False)
+    kind = torch.promote_types(table.dtype, torch.float32)
+    resized = nn.functional.interpolate(table[None].to(kind), size=tuple(sizes), mode="bicubic", align_corners=False)
     return resized[0].to(table.dtype)
+
+
+def sincos(grid: Sequence[int], dim: int, *, base: float = 10000.0, device=None, dtype=None) -> Tensor:
+    """The fixed table ``(*grid, dim)`` of sines and cosines; each axis owns ``dim / rank`` channels.
+
+    Per axis: ``dim / (2 rank)`` sines, then as many cosines, of ``position * base ** (-i / count)``.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of twice the number of axes.
+
+    Source: Vaswani et al., arXiv:1706.03762; for images: Chen et al., MoCo v3, arXiv:2104.02057.
+    """
+    rank = len(grid)
+    if dim % (2 * rank):
+        raise ValueError(f"dim must be a multiple of {2 * rank} on a grid of {rank} axes; got {dim}")
+    count = dim // (2 * rank)
+    frequencies = base ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
+    angles = grid_positions(grid, device=device)[..., None] * frequencies  # (tokens, rank, count)
+    table = torch.cat((angles.sin(), angles.cos()), -1).reshape(*grid, dim)
+    return table.to(dtype or torch.get_default_dtype())
+
+
+class RotaryPositions(nn.Module):
+    """Rotates queries and keys by their positions on the grid, see :func:`regard.ops.rope.rope`; no parameters.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864; axial form for images: Heo et al., arXiv:2403.13298.
+    """
+
+    def __init__(self, base: float = 10000.0) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return rope(x, positions, base=self.base)
+
+    def extra_repr(self) -> str:
+        return f"base={self.base:g}"
+
+
+class ValueConv(nn.Module):
+    """A depthwise convolution of tokens ``(batch, *grid, dim)``: the local term ``DW(v)`` that mixers add to attention.
+
+    Args:
+        dim: channels.
+        kernel_size: extent on every axis.
+        rank: number of grid axes.
+
+    Source: Dong et al., CSWin Transformer (LePE), arXiv:2107.00652.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 5, rank: int = 2, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = depthwise(dim, kernel_size, rank, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return convolve_tokens(self.conv, v)
+
+
+class ConvPosition(ValueConv):
+    """Conditional position encoding ``x + DW(x)`` of tokens ``(batch, *grid, dim)``.
+
+    Source: Chu et al., CPVT, arXiv:2102.10882.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, rank: int = 2, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(dim, kernel_size, rank, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)

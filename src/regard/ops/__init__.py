@@ -3,5 +3,6 @@
 from . import patterns
 from .attention import attend, merge
 from .call import Source, TableBias
+from .weights import attend_weights
 
-__all__ = ["Source", "TableBias", "attend", "merge", "patterns"]
+__all__ = ["Source", "TableBias", "attend", "attend_weights", "merge", "patterns"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .call import Bias, Call, Source, break_up
 from .dispatch import run
+from .merging import merge
 from .observe import OBSERVERS, Record
 from .patterns import Dense, Pattern
 
@@ -106,36 +107,3 @@ def _assemble(q: Tensor, group: list[tuple[tuple[int, ...] | None, Call]], backe
     if lse is not None:
         lse = lse.new_full((*lse.shape[:-1], total), -torch.inf).index_copy(-1, index, lse)
     return full, lse
-
-
-def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Put attentions of the same queries to disjoint sets of keys together, exactly and differentiably.
-
-        out = sum_i exp(lse_i - lse) out_i,   lse = log sum_i exp(lse_i)
-
-    Args:
-        outs: outputs ``(..., value_dim)``.
-        lses: their log-sum-exps ``(...)``; ``-inf`` marks rows that saw nothing.
-
-    Returns:
-        The merged output and log-sum-exp.
-
-    Raises:
-        ValueError: lists of different lengths, or empty.
-    """
-    if len(outs) != len(lses) or not outs:
-        raise ValueError(f"merge needs as many lses as outs, at least one; got {len(outs)} outs, {len(lses)} lses")
-    top = lses[0].detach()
-    for lse in lses[1:]:
-        top = torch.maximum(top, lse.detach())
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = [torch.exp(lse - top) for lse in lses]
-    total = weights[0]
-    for weight in weights[1:]:
-        total = total + weight
-    empty = total == 0
-    share = 1.0 / total.masked_fill(empty, 1.0)
-    out = sum((o * (w * share).unsqueeze(-1).to(o.dtype) for o, w in zip(outs[1:], weights[1:], strict=True)),
-              outs[0] * (weights[0] * share).unsqueeze(-1).to(outs[0].dtype))  # fmt: skip
-    lse = top + torch.log(total.masked_fill(empty, 1.0))
-    return out, lse.masked_fill(empty, -torch.inf)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .patterns import Dense, Pattern, PerHead, as_pattern, grid_positions
+from .patterns import Blocks, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, tensors_of
 
 
 @runtime_checkable
@@ -276,8 +276,10 @@ def _settle(call: Call) -> Call:
     if len(call.q_start) != call.rank:
         raise ValueError(f"q_start must have one entry per grid axis, {call.rank}; got {call.q_start}")
     pattern.check(call.q_grid, call.k_grid)
+    if not pattern.static:
+        _check_routed(call)
     for start, queries, keys in zip(call.q_start, call.q_grid, call.k_grid, strict=True):
-        if not isinstance(pattern, Dense) and (start < 0 or start + queries > keys):
+        if not isinstance(pattern, (Dense, Blocks, Clusters)) and (start < 0 or start + queries > keys):
             raise ValueError(
                 f"{pattern!r} places queries on the key grid: q_start {call.q_start} with a query grid {call.q_grid} "
                 f"leaves the key grid {call.k_grid}"
@@ -286,6 +288,16 @@ def _settle(call: Call) -> Call:
         _check_table(call)
     zeros = tuple(pattern.zero_keys(axis, n, call.rank) for axis, n in enumerate(call.k_grid))
     return _with_zero_keys(call, zeros) if any(any(pair) for pair in zeros) else call
+
+
+def _check_routed(call: Call) -> None:
+    if any(call.q_start):
+        raise ValueError(f"{call.pattern!r} is indexed by the query grid itself: q_start must be 0; got {call.q_start}")
+    for member in getattr(call.pattern, "members", (call.pattern,)):
+        for tensor in tensors_of(member):
+            batch, *heads = tensor.shape[: -2 if isinstance(member, Blocks) else -1]
+            if batch not in (1, call.batch) or heads not in ([], [1], [call.heads]):
+                raise ValueError(f"{member!r} does not broadcast to a batch of {call.batch} with {call.heads} heads")
 
 
 def _check_table(call: Call) -> None:

@@ -15,11 +15,10 @@ BACKENDS: dict[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in (re
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that was chosen, why, and for the others why not."""
+    """The backend that was chosen and why."""
 
     backend: str
     reason: str
-    refused: dict[str, str]
 
 
 def choose(call: Call, backend: str = "auto") -> Choice:
@@ -33,18 +32,28 @@ def choose(call: Call, backend: str = "auto") -> Choice:
             raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
         if (why := BACKENDS[backend].supports(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")
-        return Choice(backend, "asked for", {})
-    refused = {name: why for name, module in BACKENDS.items() if (why := module.supports(call)) is not None}
-    if "natten" not in refused and call.device.type == "cuda":
-        return Choice("natten", "fused neighborhood kernel", refused)
-    if "tiled" not in refused:
+        return Choice(backend, "asked for")
+    if call.device.type == "cuda" and natten.supports(call) is None:
+        return Choice("natten", "fused neighborhood kernel")
+    if tiled.supports(call) is None:
         if tiled.prefers(call):
-            return Choice("tiled", "computes far fewer pairs than dense attention", refused)
+            return Choice("tiled", "computes far fewer pairs than dense attention")
         if call.need_lse and call.device.type == "cpu":
-            return Choice("tiled", "returns lse without storing the weights", refused)
-    if "dense" not in refused:
-        return Choice("dense", "most keys are visible" if "tiled" not in refused else "the general case", refused)
-    return Choice("reference", "nothing faster applies", refused)
+            return Choice("tiled", "returns lse without storing the weights")
+        return Choice("dense", "most keys are visible")
+    return Choice("dense", "the general case")
+
+
+def others(call: Call, chosen: str) -> dict[str, str]:
+    """Why each of the other backends was not chosen."""
+    reasons = {
+        "reference": "the definition, for tests",
+        "dense": "computes all pairs",
+        "tiled": "no gain: most keys are visible",
+        "flex": "compiles for seconds; runs where asked for",
+        "natten": "on CPU it computes all pairs",
+    }
+    return {name: module.supports(call) or reasons[name] for name, module in BACKENDS.items() if name != chosen}
 
 
 def run(call: Call, backend: str = "auto") -> tuple[Tensor, Tensor | None]:

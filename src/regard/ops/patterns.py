@@ -134,8 +134,12 @@ class Pattern:
 
     def degree(self, q_grid: Sequence[int], k_grid: Sequence[int] | None = None) -> Tensor:
         """Number of keys each query sees: ``(*q_grid)``, or ``(batch, heads, *q_grid)`` for routed patterns."""
-        counts = self.mask(q_grid, k_grid).sum(-1)
-        return counts.reshape(*counts.shape[:-1], *q_grid)
+        q_grid, k_grid = tuple(q_grid), tuple(k_grid or q_grid)
+        self.check(q_grid, k_grid)
+        k_pos = grid_positions(k_grid)[None]
+        rows = max(1, (1 << 26) // len(k_pos[0]))  # the whole mask may be larger than the memory
+        chunks = [self.visible(q[:, None], k_pos, q_grid, k_grid).sum(-1) for q in grid_positions(q_grid).split(rows)]
+        return torch.cat(chunks, -1).unflatten(-1, q_grid)
 
     def reach(self, axis: int, interval: tuple[int, int], grid: Sequence[int]) -> tuple[int, int]:
         """Half-open key interval on ``axis`` that the queries of the half-open ``interval`` need."""
@@ -177,6 +181,11 @@ def grid_positions(grid: Sequence[int], start: Sequence[int] | None = None, devi
     start = start or (0,) * len(grid)
     axes = [torch.arange(s, s + n, device=device) for s, n in zip(start, grid, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
+
+
+def _inside(pos: Tensor, grid: Sequence[int]) -> Tensor:
+    """Whether coordinates ``(..., rank)`` lie on the grid: the zero keys of another member of a union do not."""
+    return _fold(torch.logical_and, [(pos[..., axis] >= 0) & (pos[..., axis] < n) for axis, n in enumerate(grid)])
 
 
 def _positional():
@@ -240,7 +249,7 @@ class Dense(Separable):
 
     def visible(self, q_pos, k_pos, q_grid, k_grid):
         shape = torch.broadcast_shapes(q_pos.shape[:-1], k_pos.shape[:-1])
-        return torch.ones(shape, dtype=torch.bool, device=q_pos.device)
+        return _inside(k_pos, k_grid).expand(shape)
 
     def degree(self, q_grid, k_grid=None):
         return torch.full(tuple(q_grid), math.prod(k_grid or q_grid))
@@ -268,7 +277,7 @@ class Causal(Separable):
                 index = index * k_grid[axis] + pos[..., axis]
             return index
 
-        return raster(k_pos) <= raster(q_pos)
+        return (raster(k_pos) <= raster(q_pos)) & _inside(k_pos, k_grid)
 
     def degree(self, q_grid, k_grid=None):
         return Pattern.degree(self, q_grid, k_grid)
@@ -504,6 +513,24 @@ class _Combined(Pattern):
         if not self.static and any(any(self.zero_keys(i, n, len(k_grid))) for i, n in enumerate(k_grid)):
             raise ValueError(f"zero keys cannot be combined with routed patterns: {self!r}")
 
+    def degree(self, q_grid, k_grid=None):
+        k_grid = tuple(k_grid or q_grid)
+        parts = disjoint_parts(self, len(k_grid))
+        if parts is None:
+            return super().degree(q_grid, k_grid)
+        self.check(q_grid, k_grid)
+        total = torch.zeros(tuple(q_grid), dtype=torch.long)
+        for part in parts:
+            counts = torch.ones(tuple(q_grid), dtype=torch.long)
+            for axis, (n, length) in enumerate(zip(q_grid, k_grid, strict=True)):
+                q, k = np.arange(n)[:, None], np.arange(length)[None]
+                seen = np.ones((n, length), dtype=bool)
+                for pattern, positive in part[axis]:
+                    seen &= np.asarray(pattern.axis_visible(axis, q, k, length, len(k_grid))) == positive
+                counts *= torch.from_numpy(seen.sum(1)).reshape(-1, *[1] * (len(q_grid) - axis - 1))
+            total += counts
+        return total
+
     def zero_keys(self, axis, length, rank):
         pairs = [m.zero_keys(axis, length, rank) for m in self.members]
         return (max(p[0] for p in pairs), max(p[1] for p in pairs))
@@ -597,6 +624,15 @@ class PerHead(Pattern):
         batch = max(m.shape[0] for m in masks)
         return torch.cat([m.expand(batch, *m.shape[1:]) for m in masks], 1)
 
+    def degree(self, q_grid, k_grid=None):
+        counts = []
+        for pattern, heads in self.groups:
+            each = pattern.degree(q_grid, k_grid)
+            each = each if each.ndim > len(q_grid) else each[None, None]
+            counts.append(each.expand(-1, heads, *q_grid))
+        batch = max(c.shape[0] for c in counts)
+        return torch.cat([c.expand(batch, *c.shape[1:]) for c in counts], 1)
+
     def reach(self, axis, interval, grid):
         reaches = [p.reach(axis, interval, grid) for p, _ in self.groups]
         return min(r[0] for r in reaches), max(r[1] for r in reaches)
@@ -683,10 +719,22 @@ class Blocks(_Routed):
     def visible(self, q_pos, k_pos, q_grid, k_grid):
         q_block = _flat_block(q_pos, self.block, self.block_grid(q_grid))
         k_block = _flat_block(k_pos, self.block, self.block_grid(k_grid))
+        return self.pairs(k_grid)[:, :, q_block, k_block]
+
+    def pairs(self, k_grid: Sequence[int]) -> Tensor:
+        """Which key blocks each query block lists: ``(batch, heads, query_blocks, key_blocks)`` boolean."""
         table = self.table4()
         pairs = torch.zeros(*table.shape[:3], math.prod(self.block_grid(k_grid)) + 1, dtype=torch.bool, device=table.device)
-        pairs = pairs.scatter(-1, table + 1, True)[..., 1:]  # column 0 took the entries that list nothing
-        return pairs[:, :, q_block, k_block]
+        return pairs.scatter(-1, table + 1, True)[..., 1:]  # column 0 took the entries that list nothing
+
+    def degree(self, q_grid, k_grid=None):
+        k_grid = tuple(k_grid or q_grid)
+        self.check(q_grid, k_grid)
+        k_block = _flat_block(grid_positions(k_grid, None, self.table.device), self.block, self.block_grid(k_grid))
+        sizes = torch.bincount(k_block, minlength=math.prod(self.block_grid(k_grid)))
+        counts = (self.pairs(k_grid) * sizes).sum(-1)
+        q_block = _flat_block(grid_positions(q_grid, None, self.table.device), self.block, self.block_grid(q_grid))
+        return counts[..., q_block].unflatten(-1, tuple(q_grid))
 
     def __repr__(self):
         return f"Blocks(table{tuple(self.table.shape)}, block={self.block!r})"

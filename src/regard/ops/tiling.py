@@ -20,7 +20,7 @@ import numpy as np
 
 from .patterns import Dense, Separable, disjoint_parts, parse
 
-PAIR, ROW, TILE = 1.0, 2.5, 60.0
+PAIR, ROW, TILE = 1.0, 5.0, 60.0
 """Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
 
 
@@ -69,7 +69,11 @@ class TileGroup:
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """The disjoint parts of a pattern, each a list of tile groups that covers every query exactly once."""
+    """The disjoint parts of a pattern, each a list of tile groups that covers every query exactly once.
+
+    ``tile`` is the tile size asked for on each axis of the first part; ``queries`` and ``keys`` count the tokens of the query
+    grid and of the padded key grid.
+    """
 
     parts: tuple[tuple[TileGroup, ...], ...]
     tile: tuple[int, ...]
@@ -121,7 +125,8 @@ def tile_plan(
         if all(groups):  # an axis on which nothing is visible empties the part
             plans.append(tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups)))
             chosen.append(size)
-    return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(k_grid))
+    padded = (n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True))
+    return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(padded))
 
 
 def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], bias):
@@ -180,12 +185,13 @@ def _split(low: np.ndarray, high: np.ndarray, size: int) -> list[np.ndarray]:
     if len(runs) == 1:
         return runs
     apart = all(high[a[0]] <= low[b[0]] for a, b in itertools.pairwise(runs))
-    each = max(len(run) for run in runs)
+    each = int(np.median([len(run) for run in runs]))  # at borders that shift inward the first and last are longer
     if apart or 2 * each > size:
         return runs
-    number = max(1, math.ceil(len(low) / size))
-    bounds = np.linspace(0, len(runs), min(number, len(runs)) + 1).round().astype(int)
-    return [np.concatenate(runs[a:b]) for a, b in itertools.pairwise(bounds)]
+    number = math.ceil(len(low) / size)
+    bounds = np.unique(np.linspace(0, len(low), number + 1) / each + 0.5).astype(int) * each
+    bounds[-1] = len(low)
+    return [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _axis_tiles(tiles, step: int, literals, axis: int, rank: int, length: int, first: int, zeros, bias) -> AxisTiles:

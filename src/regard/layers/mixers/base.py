@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source, attend
-from ...ops.patterns import Dense
+from ...ops.patterns import Dense, Ints, Pattern
+from ..positions import OffsetBias, RotaryPositions
 
 
 class AttentionMixer(nn.Module):
@@ -21,8 +23,10 @@ class AttentionMixer(nn.Module):
         dim: channels.
         heads: attention heads.
         kv_heads: key and value heads, a divisor of ``heads``; all by default.
-        head_dim: width of a head, ``dim // heads`` by default.
+        head_dim: width of the queries and keys of a head, ``dim // heads`` by default.
+        value_dim: width of the values of a head, ``head_dim`` by default.
         qkv_bias, proj_bias: whether the projections have a bias.
+        rope: whether queries and keys are rotated by their grid positions.
         scale: factor on the logits, ``head_dim ** -0.5`` by default.
         attn_drop, proj_drop: dropout on the attention weights and on the output.
         backend: see :func:`regard.attend`.
@@ -38,8 +42,10 @@ class AttentionMixer(nn.Module):
         *,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
+        rope: bool = False,
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -48,71 +54,152 @@ class AttentionMixer(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % heads:
+        if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"dim must be a multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
         self.head_dim = head_dim or dim // heads
+        self.value_dim = value_dim or self.head_dim
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
-        factory = {"device": device, "dtype": dtype}
-        width = (heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(dim, width, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(heads * self.head_dim, dim, bias=proj_bias, **factory)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias, **factory)
+        self.rope = RotaryPositions() if rope else None
+        self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """Device and dtype of the parameters, for what a mechanism adds."""
+        return {"device": self.qkv.weight.device, "dtype": self.qkv.weight.dtype}
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         """The sources that grid queries see: ``k`` and ``v`` are ``(batch, *grid, kv_heads, head_dim)``."""
         raise NotImplementedError
 
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
+        """What grid queries gather from their sources and from the ``extra`` tokens: ``(batch, *grid, heads, value_dim)``."""
+        return self.attend(q, [*self.sources(x, q, k, v), *extra])
+
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         """Tokens of zeros appended to each axis before projection, for mechanisms whose numbers depend on it."""
         return (0,) * len(grid)
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of ``x``, keys and values of ``context``: ``(batch, *grid, heads, head_dim)``."""
-        q_width = self.heads * self.head_dim
-        if context is x:
-            q, kv = self.qkv(x).split([q_width, self.qkv.out_features - q_width], -1)
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x, weight[:q_width], None if bias is None else bias[:q_width])
-            kv = F.linear(context, weight[q_width:], None if bias is None else bias[q_width:])
-        k, v = kv.unflatten(-1, (2 * self.kv_heads, self.head_dim)).chunk(2, -2)
-        return q.unflatten(-1, (self.heads, self.head_dim)), k, v
-
     def finish(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        """What is done to the heads' joint output ``(batch, *grid, heads * head_dim)`` before the projection."""
+        """What is done to the heads' joint output ``(batch, *grid, heads * value_dim)`` before the projection."""
         return y
 
-    def forward(
-        self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Mix the tokens of ``x (batch, *grid, dim)``; with ``extra (batch, n, dim)`` returns both."""
-        if x.shape[-1] != self.dim or x.ndim < 3:
-            raise ValueError(f"expected (batch, *grid, {self.dim}); got {tuple(x.shape)}")
+    def attend(self, q: Tensor, sources: Sequence[Source]) -> Tensor:
+        """:func:`regard.attend` with the mixer's scale, dropout and backend."""
+        dropout = self.attn_drop if self.training else 0.0
+        y = attend(q, sources, scale=self.scale, dropout=dropout, backend=self.backend)
+        assert isinstance(y, Tensor)  # no lse was asked for
+        return y
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``context``: ``(batch, *grid, heads, width)``."""
+        if context is x:
+            q, k, v = self.qkv(x).split(self.widths, -1)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            cut = self.widths[0]
+            q = F.linear(x, weight[:cut], None if bias is None else bias[:cut])
+            k, v = F.linear(context, weight[cut:], None if bias is None else bias[cut:]).split(self.widths[1:], -1)
+        return (
+            q.unflatten(-1, (self.heads, self.head_dim)),
+            k.unflatten(-1, (self.kv_heads, self.head_dim)),
+            v.unflatten(-1, (self.kv_heads, self.value_dim)),
+        )
+
+    def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        """Mix tokens.
+
+        Args:
+            x: ``(batch, *grid, dim)``.
+            extra: tokens outside the grid ``(batch, n, dim)``.
+            context: ``(batch, *key_grid, dim)``, where keys and values come from; ``x`` by default.
+
+        Returns:
+            A tensor like ``x``; with ``extra`` also one like it.
+        """
+        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
+            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
+                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
         grid = tuple(x.shape[1:-1])
-        pads = self.padding(grid)
-        if any(pads):
-            x = F.pad(x, [0, 0, *(n for pad in reversed(pads) for n in (0, pad))])
-        q, k, v = self.project(x, x if context is None else context)
-        sources = list(self.sources(x, q, k, v))
-        options = {"scale": self.scale, "dropout": self.attn_drop if self.training else 0.0, "backend": self.backend}
+        key_grid = grid if context is None else tuple(context.shape[1:-1])
+        x = self._pad(x)
+        q, k, v = self.project(x, x if context is None else self._pad(context))
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
         if extra is None:
-            y = attend(q, sources, **options)
-            return self._out(y, x, v, grid)
+            return self._out(self.mix(x, q, k, v, []), x, v, grid)
         extra_q, extra_k, extra_v = self.project(extra, extra)
-        everything = [Source(k, v, Dense()), Source(extra_k, extra_v, Dense())]
-        y = attend(q, [*sources, Source(extra_k, extra_v, Dense())], **options)
-        y_extra = attend(extra_q, everything, **options).flatten(-2)
-        return self._out(y, x, v, grid), self.proj_drop(self.proj(y_extra))
+        seen = Source(extra_k, extra_v)
+        y = self._out(self.mix(x, q, k, v, [seen]), x, v, grid)
+        y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
+        return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        pads = self.padding(tuple(x.shape[1:-1]))
+        return F.pad(x, [0, 0, *(n for pad in reversed(pads) for n in (0, pad))]) if any(pads) else x
 
     def _out(self, y: Tensor, x: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-        y = self.finish(y.flatten(-2), x, v)
-        if y.shape[1:-1] != grid:
-            y = y[(slice(None), *(slice(n) for n in grid))]
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(_crop(self.finish(y.flatten(-2), x, v), grid)))
 
     def extra_repr(self) -> str:
         kv = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
         return f"dim={self.dim}, heads={self.heads}{kv}"
+
+
+class PatternMixer(AttentionMixer):
+    """Attention under one static pattern, with an optional learned bias over its offsets.
+
+    Args:
+        dim, heads: channels and attention heads.
+        pattern: which keys a query sees.
+        relative_bias: whether to learn an :class:`OffsetBias`.
+        rank: number of grid axes the bias is for.
+        grid: the largest grid, for patterns whose offsets only the grid bounds.
+        **projections: see :class:`AttentionMixer`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        pattern: Pattern,
+        *,
+        relative_bias: bool,
+        rank: int,
+        grid: Sequence[int] | None = None,
+        **projections,
+    ) -> None:
+        super().__init__(dim, heads, **projections)
+        self.pattern = pattern
+        self.bias = OffsetBias(heads, pattern, rank, grid=grid, **self.factory) if relative_bias else None
+
+    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        return [Source(k, v, self.pattern, bias=self.bias)]
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """The value, where it is allowed; else ``ValueError``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")
+    return value
+
+
+def per_axis(value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
+    """A number, or one per axis, as one per axis of a grid."""
+    values = value if isinstance(value, tuple) else (value,) * len(grid)
+    if len(values) != len(grid):
+        raise ValueError(f"expected a number or one per axis of the grid {tuple(grid)}; got {value}")
+    return values
+
+
+def _crop(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """The first tokens of every axis of ``(batch, *grid, ...)``."""
+    if x.shape[1 : 1 + len(grid)] == grid:
+        return x
+    return x[(slice(None), *(slice(n) for n in grid))]

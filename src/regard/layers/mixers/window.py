@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from ...ops import Source
 from ...ops import patterns as P
-from ..positions import OffsetBias
-from .base import AttentionMixer
+from .base import PatternMixer, check_choice, per_axis
 from .registry import register_mixer
 
 
 @register_mixer("window")
-class WindowAttention(AttentionMixer):
+class WindowAttention(PatternMixer):
     """Attention inside (shifted) windows with a learned relative bias.
 
     Args:
@@ -43,19 +39,11 @@ class WindowAttention(AttentionMixer):
         rank: int = 2,
         **projections,
     ) -> None:
-        super().__init__(dim, heads, **projections)
-        if pad not in ("mask", "token"):
-            raise ValueError(f"pad must be 'mask' or 'token'; got {pad!r}")
-        self.pattern = P.Window(window_size, shift)
-        self.pad = pad
-        factory = {"device": self.qkv.weight.device, "dtype": self.qkv.weight.dtype}
-        self.bias = OffsetBias(heads, self.pattern, rank, **factory) if relative_bias else None
+        super().__init__(dim, heads, P.Window(window_size, shift), relative_bias=relative_bias, rank=rank, **projections)
+        self.window_size = window_size
+        self.pad = check_choice("pad", pad, ("mask", "token"))
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        size = self.pattern.size
-        return [-n % (size[axis] if isinstance(size, tuple) else size) for axis, n in enumerate(grid)]
-
-    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
-        return [Source(k, v, self.pattern, bias=self.bias)]
+        return [-n % size for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]

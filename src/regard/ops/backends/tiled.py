@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..call import Call
-from ..patterns import Blocks, Ints, parse
+from ..merging import merge
+from ..patterns import Blocks, Ints
 from ..tiling import TileGroup, TilePlan, tile_plan
+from . import dense, reference
 
-BUFFER = 3 << 19
+BUFFER = 1 << 19
 """Elements of the keys gathered at once, per thread: small enough for the caches, large enough to amortise the calls."""
 
 
@@ -91,52 +93,118 @@ def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass
+class Index:
+    """Rows of tiles ``(n, t)``, relative to row ``base``.
+
+    Where together they are a contiguous range of rows, each once, ``span`` is that range and ``inverse`` the tile row that
+    belongs to each of its rows: putting tiles back is then a gather too, which is faster than a scatter. Where row ``(i, j)``
+    is ``first + i * across + j * along``, ``steps`` is ``(first, across, along)`` and the tiles are a view.
+    """
+
+    rows: Tensor
+    base: int
+    span: tuple[int, int] | None = None
+    inverse: Tensor | None = None
+    steps: tuple[int, int, int] | None = None
+
+    def put(self, target: Tensor, tiles: Tensor) -> None:
+        """Write tile rows ``(n * t, width)`` to the rows of ``target`` they came from."""
+        if self.inverse is None or self.span is None:
+            target[self.base :].index_copy_(0, self.rows.reshape(-1), tiles)
+        else:
+            first, last = self.span
+            torch.index_select(tiles, 0, self.inverse, out=target[self.base + first : self.base + last])
+
+    def add(self, target: Tensor, tiles: Tensor) -> None:
+        """Add tile rows ``(n * t, width)`` to the rows of ``target`` they came from; a row may stand in several tiles."""
+        target[self.base :].index_add_(0, self.rows.reshape(-1), tiles)
+
+
+@dataclass
 class Chunk:
-    """Tiles that run at once: flat row indices ``queries (n, tq)``, ``keys (n, tk)`` over all batch items.
+    """Tiles that run at once: rows of their ``queries (n, tq)`` and ``keys (n, tk)``.
 
     ``mask`` is additive and broadcasts to ``(n, heads, tq, tk)``; ``blind (n, tq)`` marks queries that see nothing;
     ``offsets (n, tq, tk)`` index the flattened bias table.
     """
 
-    queries: Tensor
-    keys: Tensor
+    queries: Index
+    keys: Index
     mask: Tensor | None
     blind: Tensor | None
     offsets: Tensor | None
 
 
 class GroupTables:
-    """The index tables of a tile group on a device, and its masks, made once."""
+    """The index tables of a tile group on a device, and what is derived from them, made once."""
 
-    def __init__(self, group: TileGroup, device: torch.device) -> None:
+    def __init__(self, group: TileGroup, plan: TilePlan, device: torch.device) -> None:
         self.queries = torch.from_numpy(group.queries).to(device)
         self.keys = torch.from_numpy(group.keys).to(device)
         self.kinds = torch.from_numpy(group.kinds).to(device)
-        self.classes = 1 if group.mask is None and group.offsets is None else int(group.kinds.max()) + 1
-        self.kind_keys = group.kinds.astype(np.int32)
+        self.kind_names = group.kinds.astype(np.int32)
         self.offsets = None if group.offsets is None else torch.from_numpy(group.offsets).to(device)
         self.visible = None if group.mask is None else torch.from_numpy(group.mask).to(device)
         self.blind = None if group.blind is None else torch.from_numpy(group.blind).to(device)
         self.row = group.row
+        self.tokens = (plan.queries, plan.keys)
         self._masks: dict[tuple, Tensor] = {}
+        self._indices: dict[tuple, tuple[Index, Index]] = {}
 
-    def mask(self, first: int, last: int, repeat: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask ``(repeat * (last - first), 1, tq, tk)`` of a range of tiles; equal ranges share one tensor."""
+    def mask(self, first: int, last: int, items: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask ``(items * (last - first), 1, tq, tk)`` of a range of tiles; equal ranges share one tensor."""
         if self.visible is None:
             return None
-        key = (self.kind_keys[first:last].tobytes(), repeat, dtype)
+        key = (self.kind_names[first:last].tobytes(), items, dtype)
         if key not in self._masks:
             if len(self._masks) >= 64:
                 self._masks.clear()
             visible = self.visible[self.kinds[first:last]][:, None]
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-            self._masks[key] = mask.repeat(repeat, 1, 1, 1)
+            self._masks[key] = mask.repeat(items, 1, 1, 1)
         return self._masks[key]
+
+    def indices(self, first: int, last: int, items: int) -> tuple[Index, Index]:
+        """Rows of the queries and keys of a range of tiles in the first ``items`` batch items."""
+        key = (first, last, items)
+        if key not in self._indices:
+            self._indices[key] = tuple(
+                _analysed(_over_items(table[first:last], items, tokens))
+                for table, tokens in zip((self.queries, self.keys), self.tokens, strict=True)
+            )  # type: ignore[assignment]  # two of them
+        return self._indices[key]
+
+
+def _over_items(table: Tensor, items: int, tokens: int) -> Tensor:
+    if items == 1:
+        return table
+    return (torch.arange(items, device=table.device)[:, None, None] * tokens + table).flatten(0, 1)
+
+
+def _analysed(rows: Tensor) -> Index:
+    steps = _steps(rows)
+    flat = rows.reshape(-1)
+    first, last = int(flat.min()), int(flat.max()) + 1
+    if last - first == len(flat):
+        inverse = torch.full((last - first,), -1, dtype=torch.long, device=flat.device)
+        inverse[flat - first] = torch.arange(len(flat), device=flat.device)
+        if bool((inverse >= 0).all()):
+            return Index(rows, 0, (first, last), inverse, steps)
+    return Index(rows, 0, steps=steps)
+
+
+def _steps(rows: Tensor) -> tuple[int, int, int] | None:
+    n, t = rows.shape
+    first = int(rows[0, 0])
+    across = int(rows[1, 0]) - first if n > 1 else 0
+    along = int(rows[0, 1]) - first if t > 1 else 0
+    line = torch.arange(n, device=rows.device)[:, None] * across + torch.arange(t, device=rows.device) * along
+    return (first, across, along) if torch.equal(rows, line + first) else None
 
 
 @lru_cache(maxsize=256)
 def _tables(plan: TilePlan, device: torch.device) -> tuple[tuple[GroupTables, ...], ...]:
-    return tuple(tuple(GroupTables(group, device) for group in part) for part in plan.parts)
+    return tuple(tuple(GroupTables(group, plan, device) for group in part) for part in plan.parts)
 
 
 def _ranges(tiles: int, row: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -165,19 +233,30 @@ class Rows:
             self.rows = tensor.reshape(self.batch * self.tokens, self.heads * self.dim)
         self._buffer: Tensor | None = None
 
-    def gather(self, index: Tensor, heads: int, width: int) -> Tensor:
-        """``(n, heads, t, width)`` for an index ``(n, t)``: heads repeated to ``heads``, dim padded with zeros to ``width``."""
-        n, t = index.shape
-        if self._buffer is None or len(self._buffer) < n * t:
-            self._buffer = self.rows.new_empty(n * t, self.heads * self.dim)
-        buffer = self._buffer[: n * t]
-        torch.index_select(self.rows, 0, index.reshape(-1), out=buffer)
-        tile = buffer.view(n, t, self.heads, self.dim)
+    def gather(self, index: Index, heads: int, width: int) -> Tensor:
+        """``(n, heads, t, width)`` for rows ``(n, t)``: heads repeated to ``heads``, dim padded with zeros to ``width``."""
+        n, t = index.rows.shape
+        if index.steps is not None:
+            first, across, along = index.steps
+            tile = self.rows[index.base + first :].as_strided(
+                (n, t, self.heads, self.dim),
+                (across * self.rows.stride(0), along * self.rows.stride(0), self.dim, 1),
+            )
+        else:
+            tile = self._gathered(index.rows, index.base)
         if heads != self.heads:
             tile = tile.repeat_interleave(heads // self.heads, 2)
         if width != self.dim:
             tile = F.pad(tile, (0, width - self.dim))
         return tile.transpose(1, 2)
+
+    def _gathered(self, rows: Tensor, base: int) -> Tensor:
+        n, t = rows.shape
+        if self._buffer is None or len(self._buffer) < n * t:
+            self._buffer = self.rows.new_empty(n * t, self.heads * self.dim)
+        buffer = self._buffer[: n * t]
+        torch.index_select(self.rows[base:], 0, rows.reshape(-1), out=buffer)
+        return buffer.view(n, t, self.heads, self.dim)
 
 
 def _flat(tile: Tensor, heads: int, width: int) -> Tensor:
@@ -222,28 +301,29 @@ def _static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterato
                 bias = bias.masked_fill(~group.visible[:, None], -torch.inf)
         whole = max(1, limit // tiles)  # batch items at once
         for item in range(0, problem.q.batch, whole):
-            items = torch.arange(item, min(item + whole, problem.q.batch), device=group.keys.device)
+            items = min(whole, problem.q.batch - item)
             for first, last in _ranges(tiles, group.row, limit):
-                yield _static_chunk(problem, group, bias, items, first, last)
+                yield _static_chunk(problem, group, bias, item, items, first, last)
 
 
-def _static_chunk(problem: Problem, group: GroupTables, bias: Tensor | None, items: Tensor, first: int, last: int) -> Chunk:
-    def place(index: Tensor, tokens: int) -> Tensor:
-        return (items[:, None, None] * tokens + index[first:last]).flatten(0, 1)
-
+def _static_chunk(
+    problem: Problem, group: GroupTables, bias: Tensor | None, item: int, items: int, first: int, last: int
+) -> Chunk:
     def each(values: Tensor) -> Tensor:
         """Per class to per tile."""
         if len(values) == 1:
-            return values.expand(len(items) * (last - first), *values.shape[1:])
-        return values[group.kinds[first:last]].repeat(len(items), *[1] * (values.ndim - 1))
+            return values.expand(items * (last - first), *values.shape[1:])
+        return values[group.kinds[first:last]].repeat(items, *[1] * (values.ndim - 1))
 
-    keys = place(group.keys, problem.k.tokens)
-    mask = group.mask(first, last, len(items), problem.q.rows.dtype) if bias is None else each(bias)
+    queries, keys = group.indices(first, last, items)
+    queries = replace(queries, base=item * problem.q.tokens)
+    keys = replace(keys, base=item * problem.k.tokens)
+    mask = group.mask(first, last, items, problem.q.rows.dtype) if bias is None else each(bias)
     blind = None if group.blind is None else each(group.blind)
     offsets = None if group.offsets is None else each(group.offsets)
     if problem.valid is not None:
-        mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys], problem.q.rows.dtype)
-    return Chunk(place(group.queries, problem.q.tokens), keys, mask, blind, offsets)
+        mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.q.rows.dtype)
+    return Chunk(queries, keys, mask, blind, offsets)
 
 
 def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -253,7 +333,7 @@ def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple
     return mask, (mask == -torch.inf).all(-1).all(1)
 
 
-def _routed_chunks(problem: Problem, blocks: Tensor, block: list[int], q_grid, k_grid, folded: int) -> Iterator[Chunk]:
+def _routed_chunks(problem: Problem, blocks: Tensor, block: list[int], q_grid, k_grid) -> Iterator[Chunk]:
     """Chunks of routed blocks; ``blocks`` is ``(batch, query_blocks, listed)``, heads with tables of their own folded in."""
     q_tokens, q_real = _block_tokens(tuple(q_grid), tuple(block), blocks.device)
     k_tokens, k_real = _block_tokens(tuple(k_grid), tuple(block), blocks.device)
@@ -293,7 +373,7 @@ def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, proble
         mask, _ = _with_valid(None, seen, problem.q.rows.dtype)
         blind = ~seen.any(1, keepdim=True).expand(-1, tq)
         mask = mask.expand(-1, 1, tq, -1)
-    return Chunk(queries + item * problem.q.tokens, keys + item * problem.k.tokens, mask, blind, None)
+    return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind, None)
 
 
 @lru_cache(maxsize=64)
@@ -376,7 +456,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, valid: Tenso
 def _chunks_of(problem: Problem, q, k, blocks: Tensor | None, block, spec, bias_spec, q_start, zeros) -> list[Iterator[Chunk]]:
     q_grid, padded = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
     if blocks is not None:
-        return [_routed_chunks(problem, blocks, block, q_grid, padded, 1)]
+        return [_routed_chunks(problem, blocks, block, q_grid, padded)]
     pairs = tuple(zip(zeros[::2], zeros[1::2], strict=True))
     k_grid = tuple(n - before - after for n, (before, after) in zip(padded, pairs, strict=True))
     table = None if problem.table is None else (bias_spec, tuple(problem.table.shape[1:]))
@@ -453,9 +533,8 @@ def _forward(problem: Problem, chunks: Iterator[Chunk]) -> tuple[Tensor, Tensor]
         if chunk.blind is not None:
             tile_out = tile_out.masked_fill(chunk.blind[:, None, :, None], 0.0)
             tile_lse = tile_lse.masked_fill(chunk.blind[:, None], -torch.inf)
-        index = chunk.queries.reshape(-1)
-        out.index_copy_(0, index, _flat(tile_out, heads, value))
-        lse.index_copy_(0, index, tile_lse.transpose(1, 2).reshape(-1, heads))
+        chunk.queries.put(out, _flat(tile_out, heads, value))
+        chunk.queries.put(lse, tile_lse.transpose(1, 2).reshape(-1, heads))
     return out, lse
 
 
@@ -516,8 +595,9 @@ def tiled_attention_backward(
     grads = [torch.zeros_like(t.rows) for t in (problem.q, problem.k, problem.v)]
     grad_table = torch.zeros_like(problem.table.flatten(1)) if need_table else None
     saved = (Rows(grad_, kind), Rows(out_, kind), lse_rows, grad_lse_rows)
-    for chunks in _chunks_of(problem, q_, k_, tables, block, spec, bias_spec, q_start, zeros):
-        _backward(problem, chunks, saved, grads, grad_table)
+    parts = _chunks_of(problem, q_, k_, tables, block, spec, bias_spec, q_start, zeros)
+    for chunks in parts:
+        _backward(problem, chunks, saved, grads, grad_table, len(parts) == 1)
     shapes = [q_, k_, v_]
     results = [g.view(t.shape) for g, t in zip(grads, shapes, strict=True)]
     if per_head:
@@ -529,7 +609,10 @@ def tiled_attention_backward(
     return final[0], final[1], final[2], table_grad
 
 
-def _backward(problem: Problem, chunks: Iterator[Chunk], saved, grads: list[Tensor], grad_table: Tensor | None) -> None:
+def _backward(
+    problem: Problem, chunks: Iterator[Chunk], saved, grads: list[Tensor], grad_table: Tensor | None, alone: bool
+) -> None:
+    """Add the gradients of one part; ``alone`` when no other part shows keys to the same queries."""
     grad_rows, out_rows, lse_rows, grad_lse_rows = saved
     heads, width = problem.heads, problem.width
     grad_q, grad_k, grad_v = grads
@@ -539,16 +622,20 @@ def _backward(problem: Problem, chunks: Iterator[Chunk], saved, grads: list[Tens
         v = problem.v.gather(chunk.keys, heads, width)
         grad = grad_rows.gather(chunk.queries, heads, width)
         out = out_rows.gather(chunk.queries, heads, width)
-        lse = lse_rows[chunk.queries].transpose(1, 2)
-        grad_lse = None if grad_lse_rows is None else grad_lse_rows[chunk.queries].transpose(1, 2)
+        lse = lse_rows[chunk.queries.base :][chunk.queries.rows].transpose(1, 2)
+        grad_lse = None if grad_lse_rows is None else grad_lse_rows[chunk.queries.base :][chunk.queries.rows].transpose(1, 2)
         dq, dk, dv, scores = _attend_tiles_backward(
             grad, grad_lse, q, k, v, out, lse, chunk.mask, problem.scale, grad_table is not None
         )
         if chunk.blind is not None:
             dq = dq.masked_fill(chunk.blind[:, None, :, None], 0.0)
-        grad_q.index_add_(0, chunk.queries.reshape(-1), _flat(dq, heads, problem.q.dim))
-        grad_k.index_add_(0, chunk.keys.reshape(-1), _flat(dk, problem.k.heads, problem.k.dim))
-        grad_v.index_add_(0, chunk.keys.reshape(-1), _flat(dv, problem.v.heads, problem.v.dim))
+        dq, dk, dv = (_flat(d, rows.heads, rows.dim) for d, rows in ((dq, problem.q), (dk, problem.k), (dv, problem.v)))
+        if alone:
+            chunk.queries.put(grad_q, dq)
+        else:
+            chunk.queries.add(grad_q, dq)
+        chunk.keys.add(grad_k, dk)
+        chunk.keys.add(grad_v, dv)
         if grad_table is not None:
             _add_to_table(grad_table, scores, chunk.offsets)
 
@@ -618,13 +705,49 @@ def _flops_backward(grad, grad_lse, q, k, v, table, valid, blocks, out, lse, blo
 
 
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
-    """The same tiles in public operators that every exporter knows."""
-    from . import dense
-
+    """The same tiles in public operators that every exporter knows; the grid is a constant of the exported program."""
     if isinstance(call.pattern, Blocks):
         return dense.run(call)
-    raise NotImplementedError
+    plan = plan_of(call)
+    if plan is None or not plan.parts:
+        return dense.run(call)
+    q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
+    valid = None if call.valid is None else call.valid.flatten(1)
+    parts = [[_plain_group(call, group, q, k, v, valid, len(plan.parts) > 1) for group in part] for part in plan.parts]
+    outs, lses = [], []
+    for groups, part in zip(parts, plan.parts, strict=True):
+        order = np.argsort(np.concatenate([group.queries.reshape(-1) for group in part]))
+        place = torch.tensor(order.tolist(), device=q.device)
+        outs.append(torch.cat([out for out, _ in groups], 1)[:, place])
+        lses.append(torch.cat([lse for _, lse in groups], 1)[:, place])
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else merge(outs, lses)
+    return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid) if call.need_lse else None
 
 
-__all__ = ["computed_pairs", "plan_of", "prefers", "run", "supports"]
-_ = parse
+def _plain_group(
+    call: Call, group: TileGroup, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Output ``(batch, tiles * tq, heads, value_dim)`` and lse of one tile group, queries in the order of the tiles."""
+    constant = {"device": q.device}
+    queries, keys = (torch.tensor(i.tolist(), **constant) for i in (group.queries, group.keys))
+    kinds = torch.tensor(group.kinds.tolist(), **constant)
+    q = q[:, queries].transpose(2, 3)  # (batch, tiles, heads, tq, dim)
+    k, v = (t[:, keys].repeat_interleave(call.heads // t.shape[2], 3).transpose(2, 3) for t in (k, v))
+    bias = q.new_zeros(1, 1, 1, 1, 1)
+    if call.table is not None and group.offsets is not None:
+        offsets = torch.tensor(group.offsets.tolist(), **constant)
+        bias = call.table.table.flatten(1)[:, offsets].transpose(0, 1)[kinds][None].to(q.dtype)
+    if group.mask is not None:
+        visible = torch.tensor(group.mask.tolist(), **constant)[kinds][None, :, None]
+        bias = bias.masked_fill(~visible, -torch.inf)
+    if valid is not None:
+        bias = bias.masked_fill(~valid[:, keys][:, :, None, None], -torch.inf)
+    if need_lse or call.need_lse or valid is not None or group.blind is not None:
+        scores = torch.matmul(q, k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * call.scale
+        weights, lse = reference.normalise(scores + bias)
+        out = torch.matmul(weights.to(v.dtype), v)
+    else:
+        full = bias.expand(*bias.shape[:-2], q.shape[-2], k.shape[-2]) if bias.numel() > 1 else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=full, scale=call.scale)
+        lse = out[..., 0]
+    return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)

@@ -1,0 +1,191 @@
+"""Count: the exact arithmetic and traffic of every attention, per layer.
+
+    FLOPs = 2 (d_k + d_v) pairs,   pairs = visible (query, key) of all heads and batch items
+
+    with regard.bench.count() as cost:
+        model(images)
+    print(cost)
+
+Pairs are those the pattern shows, whatever a backend computes beside them; zero keys outside the grid are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.call import Call, Source
+from ..ops.observe import OBSERVERS, Record
+from ..ops.patterns import Blocks, as_pattern, disjoint_parts, tensors_of
+from ..ops.trail import Trail
+
+CHUNK = 1 << 24
+"""Entries of a mask that are counted at once."""
+
+
+def visible_pairs(call: Call) -> int:
+    """Visible pairs of a query and a true key in a call, over all heads and batch items."""
+    pattern = call.pattern
+    if call.valid is None:
+        parts = disjoint_parts(pattern, call.rank)
+        if parts is not None:
+            return call.batch * call.heads * sum(_part_pairs(part, call) for part in parts)
+        if isinstance(pattern, Blocks):
+            return _block_pairs(pattern, call)
+    return _counted_pairs(call)
+
+
+def _part_pairs(part, call: Call) -> int:
+    """Pairs of a product of conditions: the product over axes of the pairs on each."""
+    pairs = 1
+    for axis, literals in enumerate(part):
+        start, length = call.q_start[axis], call.k_grid[axis]
+        q = np.arange(start, start + call.q_grid[axis])[:, None]
+        k = np.arange(length)[None]
+        seen = np.ones((len(q), length), dtype=bool)
+        for pattern, positive in literals:
+            seen &= pattern.axis_visible(axis, q, k, length, call.rank) == positive
+        pairs *= int(seen.sum())
+    return pairs
+
+
+def _block_pairs(pattern: Blocks, call: Call) -> int:
+    """Pairs of routed blocks: listed blocks, each counted once, times the tokens they hold."""
+
+    def tokens(grid: tuple[int, ...]) -> Tensor:
+        held = torch.ones(1, dtype=torch.long)
+        for axis, (n, blocks) in enumerate(zip(grid, pattern.block_grid(grid), strict=True)):
+            size = pattern.block[axis] if isinstance(pattern.block, tuple) else pattern.block
+            each = torch.tensor([min(size, n - i * size) for i in range(blocks)])
+            held = (held[:, None] * each).flatten()
+        return held
+
+    table = pattern.table4().cpu()
+    keys = tokens(call.k_grid)
+    listed = torch.zeros(*table.shape[:3], len(keys) + 1, dtype=torch.bool).scatter(-1, table.long() + 1, True)[..., 1:]
+    pairs = int(((listed * keys).sum(-1) * tokens(call.q_grid)).sum())
+    return pairs * (call.batch // table.shape[0]) * (call.heads // table.shape[1])
+
+
+def _counted_pairs(call: Call) -> int:
+    """Pairs of any call, by evaluating its mask a few rows at a time."""
+    inside = tuple(slice(before, before + n) for (before, _), n in zip(call.zeros, call.k_grid, strict=True))
+    full = (call.batch, call.heads)
+    total = 0
+    for rows in torch.arange(call.queries, device=call.q.device).split(max(1, CHUNK // (call.keys * math.prod(full)))):
+        mask = call.mask(rows)
+        if mask is None:
+            return math.prod(full) * call.queries * math.prod(call.k_grid)
+        mask = mask.expand(*mask.shape[:2], len(rows), call.keys).unflatten(-1, call.padded_grid)[(..., *inside)]
+        total += int(mask.sum()) * math.prod(n // m for n, m in zip(full, mask.shape[:2], strict=True))
+    return total
+
+
+@dataclass
+class LayerCost:
+    """What the attentions of one module cost: their number, visible pairs, FLOPs and bytes, and the patterns seen."""
+
+    calls: int = 0
+    pairs: int = 0
+    flops: int = 0
+    bytes: int = 0
+    patterns: list[str] = field(default_factory=list)
+
+    def add(self, record: Record) -> None:
+        self.calls += 1
+        for call in record.calls:
+            pairs = visible_pairs(call)
+            self.pairs += pairs
+            self.flops += 2 * pairs * (call.q.shape[-1] + call.v.shape[-1])
+        self.bytes += _traffic(record)
+        for source in record.sources:
+            if (shown := repr(as_pattern(source.pattern))) not in self.patterns:
+                self.patterns.append(shown)
+
+
+def _traffic(record: Record) -> int:
+    """Bytes of everything read and written once: queries, keys, values, biases, routing, output."""
+    value_dim = record.sources[0].v.shape[-1]
+    out = record.q.shape[:-1].numel() * value_dim * record.q.element_size()
+    return out + _size(record.q) + sum(_source_traffic(source) for source in record.sources)
+
+
+def _source_traffic(source: Source) -> int:
+    bias = source.bias if source.bias is None or isinstance(source.bias, Tensor) else source.bias.table
+    tensors = [source.k, source.v, source.q, source.valid, bias, *tensors_of(as_pattern(source.pattern))]
+    return sum(_size(t) for t in tensors if t is not None)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class Cost:
+    """Costs per layer: ``layers`` maps the path of a module to its :class:`LayerCost`; the totals are sums over them."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, LayerCost] = {}
+
+    @property
+    def calls(self) -> int:
+        return sum(layer.calls for layer in self.layers.values())
+
+    @property
+    def pairs(self) -> int:
+        return sum(layer.pairs for layer in self.layers.values())
+
+    @property
+    def flops(self) -> int:
+        return sum(layer.flops for layer in self.layers.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers.values())
+
+    def __repr__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "calls", "pairs", "FLOPs", "bytes", "pattern")]
+        for name, layer in self.layers.items():
+            rows.append(_row(name or "(root)", layer, ", ".join(layer.patterns)))
+        rows.append(_row("total", self, ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join(
+            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) + f"  {row[5]}".rstrip()
+            for row in rows
+        )
+
+
+def _row(name: str, cost: LayerCost | Cost, patterns: str) -> tuple[str, ...]:
+    return (name, str(cost.calls), *(_short(n) for n in (cost.pairs, cost.flops, cost.bytes)), patterns)
+
+
+def _short(number: float) -> str:
+    power = min(int(math.log10(number)) // 3, 4) if number >= 1000 else 0
+    return f"{number / 1000**power:.3g} {'kMGT'[power - 1]}" if power else str(number)
+
+
+@contextmanager
+def count() -> Iterator[Cost]:
+    """Count the cost of every attention while the context is entered, by the path of the module that attends.
+
+    Paths start at the outermost module that is called; attention outside of modules is named ``attend``. What activation
+    checkpointing recomputes is not counted, nor are projections and backward passes.
+    """
+    cost = Cost()
+    with Trail() as trail:
+
+        def observe(record: Record) -> None:
+            if not trail.recomputing:
+                path = trail.path()
+                cost.layers.setdefault("attend" if path is None else path, LayerCost()).add(record)
+
+        OBSERVERS.append(observe)
+        try:
+            yield cost
+        finally:
+            OBSERVERS.remove(observe)

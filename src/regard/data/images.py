@@ -1,0 +1,196 @@
+"""Labelled images, decoded when first needed, and the samples a model sees of them.
+
+What is random about a sample depends on ``(seed, epoch, index)`` and on nothing else, so a training run that was killed
+sees the same samples when it goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+CACHE_BYTES = 2**30
+MEAN, STD = 127.5, 64.0
+
+
+class ImageSet:
+    """Images of one size with their labels.
+
+    Args:
+        items: encoded images: paths, bytes, or decoded ``(3, size, size)`` uint8 tensors.
+        labels: the class index of each.
+        size: the shorter side is resized to it and the middle cut out.
+        origin: where the images are from, for error messages.
+    """
+
+    def __init__(self, items: Sequence[Path | bytes | Tensor], labels: Sequence[int], size: int, origin: str) -> None:
+        if len(items) != len(labels):
+            raise ValueError(f"{origin}: {len(items)} images but {len(labels)} labels")
+        self.items, self.size, self.origin = items, size, origin
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def _cache(self) -> tuple[Tensor, Tensor] | None:
+        """Decoded images and which of them are there; shared, so that worker processes fill one cache."""
+        if len(self) * 3 * self.size**2 > CACHE_BYTES:
+            return None
+        pixels = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8).share_memory_()
+        return pixels, torch.zeros(len(self), dtype=torch.bool).share_memory_()
+
+    def image(self, index: int) -> Tensor:
+        """One image ``(3, size, size)``, uint8.
+
+        Raises:
+            ValueError: the image cannot be read; names it.
+        """
+        item = self.items[index]
+        if isinstance(item, Tensor):
+            return item
+        if self._cache is None:
+            return self._decode(index)
+        pixels, there = self._cache
+        if not there[index]:
+            pixels[index] = self._decode(index)
+            there[index] = True
+        return pixels[index]
+
+    def _decode(self, index: int) -> Tensor:
+        item = self.items[index]
+        name = str(item) if isinstance(item, Path) else f"{self.origin}, image {index}"
+        return decode_image(item, name, self.size)
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        return ImageSet([self.items[i] for i in indices], self.labels[list(indices)].tolist(), self.size, self.origin)
+
+
+def decode_image(item: Path | bytes, name: str, size: int | None = None) -> Tensor:
+    """Decode an image to uint8 RGB ``(3, height, width)``; with ``size`` cut to a square of that side.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image that can be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(item, Path) and not item.is_file():
+        raise FileNotFoundError(f"no image file {name}")
+    try:
+        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as opened:
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+    if size is not None and picture.size != (size, size):
+        width, height = picture.size
+        scale = size / min(width, height)
+        picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
+        left, top = (picture.width - size) // 2, (picture.height - size) // 2
+        picture = picture.crop((left, top, left + size, top + size))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+class Samples(Dataset):
+    """What a model sees of an :class:`ImageSet`; indexed by ``(epoch, index)``.
+
+    Args:
+        images: the images.
+        size: side of a sample; it is cut out of the image.
+        pad: pixels the image is reflected by at its borders before a sample is cut out.
+        train: cut at random positions and flip at random; otherwise cut at the positions ``views``.
+        views: positions in ``[0, 1]``, row and column, of the samples of each image (the middle by default).
+        repeats: random samples of each image in an epoch.
+        normalise: ``"fixed"`` subtracts a common mean and divides by a common deviation; ``"sample"`` uses the sample's
+            own, so that brightness and contrast say nothing.
+        seed: what the random choices depend on, with the epoch and the index.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        size: int,
+        *,
+        pad: int = 0,
+        train: bool = False,
+        views: Sequence[tuple[float, float]] = ((0.5, 0.5),),
+        repeats: int = 1,
+        normalise: str = "fixed",
+        seed: int = 0,
+    ) -> None:
+        if normalise not in ("fixed", "sample"):
+            raise ValueError(f"normalise must be 'fixed' or 'sample'; got {normalise!r}")
+        if size > images.size + 2 * pad or pad >= images.size:
+            raise ValueError(f"samples of {size} pixels cannot be cut out of images of {images.size} padded by {pad}")
+        self.images, self.size, self.pad, self.train = images, size, pad, train
+        self.views, self.repeats = tuple(views), repeats
+        self.normalise, self.seed = normalise, seed
+
+    def __len__(self) -> int:
+        return len(self.images) * (self.repeats if self.train else len(self.views))
+
+    def crop(self, epoch: int, index: int) -> tuple[int, int, int, bool]:
+        """Image, top, left and flip of a sample, in pixels of the padded image."""
+        room = self.images.size + 2 * self.pad * self.train - self.size
+        if not self.train:
+            image, view = divmod(index, len(self.views))
+            row, column = self.views[view]
+            return image, round(row * room), round(column * room), False
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**63)
+        top, left, flip = (int(n) for n in torch.randint(0, 2**31, (3,), generator=generator))
+        return index // self.repeats, top % (room + 1), left % (room + 1), bool(flip % 2)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, top, left, flip = self.crop(epoch, index)
+        x = self.images.image(image).float()
+        if self.train and self.pad:
+            x = F.pad(x[None], [self.pad] * 4, mode="reflect")[0]
+        x = x[:, top : top + self.size, left : left + self.size]
+        if flip:
+            x = x.flip(-1)
+        if self.normalise == "sample":
+            x = (x - x.mean()) / x.std().clamp_min(1.0)
+        else:
+            x = (x - MEAN) / STD
+        return x, self.images.labels[image]
+
+
+@dataclass(frozen=True)
+class VisionData:
+    """A classification task: training and validation samples, class names, and a sentence that says what it is."""
+
+    name: str
+    train: Samples
+    val: Samples
+    classes: tuple[str, ...]
+    size: int
+    description: str
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always answering the most frequent class of the validation samples."""
+        return float(self.val.images.labels.bincount(minlength=len(self.classes)).max()) / len(self.val.images)
+
+    def fingerprint(self) -> str:
+        """Changes when the images, the labels, the split or the sampling change."""
+        digest = hashlib.sha256(repr((self.classes, self.size)).encode())
+        for samples in (self.train, self.val):
+            digest.update(repr((samples.pad, samples.views, samples.repeats, samples.normalise, samples.seed)).encode())
+            digest.update(samples.images.labels.numpy().tobytes())
+            for item in samples.images.items:
+                if isinstance(item, Path):
+                    digest.update(f"{item.name}:{item.stat().st_size}".encode())
+                else:
+                    digest.update(item if isinstance(item, bytes) else item.numpy().tobytes())
+        return digest.hexdigest()[:16]

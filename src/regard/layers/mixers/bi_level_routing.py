@@ -1,0 +1,83 @@
+"""Bi-level routing attention: each region of queries sees the tokens of the k regions most similar to it, plus DW(v).
+
+    regions: top-k of mean(q) mean(k)^T;  tokens: W_o (softmax(q k^T / sqrt(C)) v + DW(v)) over the routed regions
+Cost: (S^2)^2 region scores and k N / S^2 keys per query. Source: Zhu et al., BiFormer, arXiv:2303.08810.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...ops import Source, route
+from ...ops import patterns as P
+from ..positions import ValueConv
+from .base import AttentionMixer, check_choice
+from .registry import register_mixer
+
+
+@register_mixer("bi_level_routing")
+class BiLevelRoutingAttention(AttentionMixer):
+    """Attention to the most similar regions of the grid. The routing carries no gradient.
+
+    Args:
+        dim, heads: channels and attention heads.
+        regions: regions per axis.
+        topk: regions a query sees; -1 for all.
+        kernel_size: of the depthwise convolution of the values.
+        pad: where the grid does not divide into regions, ``"mask"`` makes the last regions smaller and ``"token"`` pads the
+            input with zeros, whose projections take part in routing and softmax (the official code).
+        rank: number of grid axes.
+        scale: factor on the logits, by default the whole query width ``^ -0.5``.
+        **projections: see :class:`AttentionMixer`.
+
+    Raises:
+        ValueError: a topk that is neither -1 nor between 1 and the number of regions; a context on another grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        regions: P.Ints = 7,
+        topk: int = 4,
+        kernel_size: int = 5,
+        *,
+        pad: str = "mask",
+        rank: int = 2,
+        scale: float | None = None,
+        **projections,
+    ) -> None:
+        super().__init__(dim, heads, **projections)
+        self.regions = regions if isinstance(regions, tuple) else (regions,) * rank
+        if len(self.regions) != rank or min(self.regions) < 1:
+            raise ValueError(f"regions must be at least 1, a number or one per axis ({rank}); got {regions!r}")
+        if topk != -1 and not 1 <= topk <= math.prod(self.regions):
+            raise ValueError(f"topk must be -1 (all) or from 1 to {math.prod(self.regions)} regions; got {topk}")
+        self.topk, self.pad = topk, check_choice("pad", pad, ("mask", "token"))
+        self.scale = self.widths[0] ** -0.5 if scale is None else scale
+        self.lepe = ValueConv(self.heads * self.value_dim, kernel_size, rank, **self.factory)
+
+    def padding(self, grid: Sequence[int]) -> Sequence[int]:
+        if self.pad == "mask":
+            return (0,) * len(grid)
+        return [-n % count for n, count in zip(grid, self.regions, strict=True)]
+
+    def route(self, q: Tensor, k: Tensor) -> P.Pattern:
+        """The regions each region sees, from queries and keys ``(batch, *grid, heads, head_dim)``."""
+        if q.shape[1:-2] != k.shape[1:-2]:
+            raise ValueError(f"regions are routed on one grid; got queries {tuple(q.shape)} and keys {tuple(k.shape)}")
+        if self.topk == -1:
+            return P.Dense()
+        block = route.block_sizes(q.shape[1:-2], self.regions)
+        k = k.repeat_interleave(self.heads // self.kv_heads, -2)
+        scores = route.affinity(*(route.summaries(t.detach().flatten(-2), block) for t in (q, k)))
+        return route.top_k(scores, self.topk, block)
+
+    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        return [Source(k, v, self.route(q, k))]
+
+    def finish(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        return y + self.lepe(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))

@@ -1,0 +1,29 @@
+"""The identity: y = x. The baseline that mixes nothing.
+
+Cost: none. Source: Yu et al., MetaFormer baselines, arXiv:2210.13452.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .registry import register_mixer
+
+
+@register_mixer("identity")
+class IdentityMixer(nn.Module):
+    """Returns what it is given.
+
+    Args:
+        dim, heads: taken so that it may stand in for any mixer.
+        **projections: likewise.
+    """
+
+    def __init__(self, dim: int, heads: int = 1, **projections) -> None:
+        super().__init__()
+        self.dim, self.heads = dim, heads
+
+    def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        return x if extra is None else (x, extra)

@@ -1,0 +1,116 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .builder import Backbone, BackboneSpec, FeatureBackbone, MixerChoice
+from .checkpoints import load_checkpoint
+
+_CARDS: dict[str, ModelCard] = {}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A published model.
+
+    Args:
+        name: what :func:`create_model` takes.
+        table: makes its :class:`BackboneSpec`; keyword arguments change the published values.
+        arxiv: the paper.
+        params: learned values.
+        gflops: published multiply-adds for one image of ``input_size`` squared pixels, in 10^9.
+        input_size: of the published weights; any other works.
+    """
+
+    name: str
+    table: Callable[..., BackboneSpec]
+    arxiv: str
+    params: int
+    gflops: float
+    input_size: int = 224
+
+
+def register_models(cards: Sequence[ModelCard]) -> None:
+    """Make models available to :func:`create_model`."""
+    for card in cards:
+        if card.name in _CARDS:
+            raise ValueError(f"model {card.name!r} is registered already")
+        _CARDS[card.name] = card
+
+
+def model_card(name: str) -> ModelCard:
+    """The card of a model.
+
+    Raises:
+        ValueError: unknown name, with the nearest matches.
+    """
+    if name not in _CARDS:
+        near = difflib.get_close_matches(name, _CARDS, n=4, cutoff=0.4) or sorted(_CARDS)
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+    return _CARDS[name]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell-style pattern."""
+    return sorted(fnmatch.filter(_CARDS, pattern))
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str | os.PathLike[str] = False,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    mixer: MixerChoice | None = None,
+    device=None,
+    dtype=None,
+    **table,
+) -> Backbone | FeatureBackbone:
+    """Create a backbone by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        pretrained: path of a checkpoint, see :func:`load_checkpoint`; nothing is ever downloaded.
+        num_classes: outputs of the classifier, the published number by default; 0 returns pooled features.
+        in_chans: channels of the images.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, the published rate by default.
+        features_only: return a :class:`FeatureBackbone`, whose output is a list of feature maps.
+        out_indices: which stages it returns; all by default.
+        mixer: another token mixer for every block: a name, ``(name, options)``, or a list of these that each stage repeats.
+        device, dtype: of the parameters; ``device="meta"`` allocates nothing.
+        **table: changes to the published table, such as ``depths``, ``dim`` or ``window_size``; see the family.
+
+    Raises:
+        ValueError: unknown name, option or mixer; a checkpoint that does not fit.
+        FileNotFoundError: no checkpoint at that path.
+    """
+    card = model_card(name)
+    allowed = [p for p in inspect.signature(card.table).parameters if p != "num_classes"]
+    unknown = [option for option in table if option not in allowed]
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; its table takes {', '.join(allowed)}")
+    if pretrained is True:
+        raise ValueError("nothing is downloaded: pass pretrained=PATH, a checkpoint under regard's, official or timm names")
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices goes with features_only=True; got {list(out_indices)}")
+    spec = card.table(**table)
+    if mixer is not None:
+        spec = spec.with_mixer(mixer)
+    model = Backbone(
+        spec, in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    if pretrained:
+        load_checkpoint(model, pretrained, new_head=num_classes is not None)
+    return FeatureBackbone(model, out_indices) if features_only else model

@@ -1,0 +1,54 @@
+"""Where an attention is called from: the path of the module that is running."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class Trail:
+    """Follows, while it is entered, which modules are being called; a context manager for observers.
+
+    The hooks are torch's global module hooks: nothing is written into a model, its outputs stay as they are, and the hooks
+    go away with the context, also after an exception. Modules that were compiled before do not run hooks.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self._names: dict[nn.Module, str] = {}
+        self._handles: list = []
+
+    def __enter__(self) -> Trail:
+        self._handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.modules.clear()
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a backward pass is calling, to recompute what activation checkpointing dropped."""
+        return torch._C._current_graph_task_id() != -1  # as torch.utils.module_tracker asks; there is no public name
+
+    def path(self, names: dict[nn.Module, str] | None = None) -> str | None:
+        """Name of the innermost running module, among ``names`` or else within the outermost running module.
+
+        None where no such module is running.
+        """
+        names = self._names if names is None else names
+        return next((names[m] for m in reversed(self.modules) if m in names), None)
+
+    def _enter(self, module: nn.Module, args) -> None:
+        if not self.modules:
+            self._names = {m: name for name, m in module.named_modules()}
+        self.modules.append(module)
+
+    def _leave(self, module: nn.Module, args, output) -> None:
+        if module in self.modules:  # a module that was running when the trail was entered is not
+            del self.modules[len(self.modules) - 1 - self.modules[::-1].index(module) :]

@@ -1,0 +1,288 @@
+"""Train backbones that differ only in their mixer under one budget, measure them, and keep everything in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import lens
+from ..data import VisionData
+from ..models.registry import create_model
+from .contenders import Contender
+from .files import read_json, write_atomically, write_json
+from .fitting import Recipe, fit, loaders
+from .measure import flops, latencies, memory, parameters
+from .module import Classifier
+
+LATENCY_BATCH = 8
+LARGE_SIZE = 224
+
+
+@dataclass
+class Settings:
+    """What is compared, and on what.
+
+    Args:
+        data: the task.
+        contenders: the mixers.
+        model: a registered backbone.
+        table: changes to its table.
+        recipe: how each is trained.
+        runs: where runs are kept; finished ones are not repeated.
+        device: what to train and measure on.
+        workers: processes that load images.
+    """
+
+    data: VisionData
+    contenders: Sequence[Contender]
+    recipe: Recipe
+    model: str = "compact_nano"
+    table: Mapping[str, Any] = field(default_factory=dict)
+    runs: Path = Path("regard-runs")
+    device: str = "cpu"
+    workers: int = 0
+
+    def build(self, contender: Contender) -> nn.Module:
+        """The backbone with this mixer; the weights depend on the recipe's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            return create_model(
+                self.model, num_classes=len(self.data.classes), mixer=contender.choice, **self.table
+            )  # fmt: skip
+
+    def folder(self, contender: Contender) -> Path:
+        """Where the run of a mixer is kept: another folder for other settings, the same again for the same."""
+        stated = {
+            "data": self.data.fingerprint(),
+            "model": self.model,
+            "table": dict(self.table),
+            "mixer": repr(contender.choice),
+            "recipe": asdict(self.recipe),
+        }
+        digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        return self.runs / f"{self.data.name}-{self.model}" / f"{contender.folder}-{digest}"
+
+
+@dataclass
+class Outcome:
+    """One trained mixer: its numbers, its learning curve, and the model."""
+
+    name: str
+    label: str
+    accuracy: float
+    history: list[dict[str, float]]
+    train_seconds: float
+    numbers: dict[str, float]
+    model: nn.Module
+
+
+def compare(
+    settings: Settings, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None
+) -> list[Outcome]:
+    """Train, or load, every contender and measure all of them side by side.
+
+    Args:
+        settings: what to compare.
+        progress: whether to show progress bars.
+        tell: is given a line when a contender is finished.
+
+    Raises:
+        ValueError: a contender that the backbone cannot be built with, or that cannot take images of this size.
+    """
+    probe = torch.zeros(2, 3, settings.data.size, settings.data.size)
+    for contender in settings.contenders:  # an impossible one must not cost the time of those before it
+        model = settings.build(contender).eval()
+        with torch.inference_mode():
+            model(probe)
+    outcomes = []
+    for contender in settings.contenders:
+        outcome = train_one(settings, contender, progress=progress)
+        tell(f"{outcome.label}: accuracy {outcome.accuracy:.1%} after {len(outcome.history)} epochs, "
+             f"{outcome.train_seconds:.0f} s")  # fmt: skip
+        outcomes.append(outcome)
+    tell("measuring latency, memory and FLOPs side by side")
+    measure(outcomes, settings)
+    return outcomes
+
+
+def train_one(settings: Settings, contender: Contender, *, progress: bool = True) -> Outcome:
+    """Train one contender, go on with a run that was stopped, or load one that is finished."""
+    folder = settings.folder(contender)
+    model = settings.build(contender)
+    result, weights = folder / "result.json", folder / "model.safetensors"
+    found = read_json(result)
+    if found is None:
+        torch.manual_seed(settings.recipe.seed)
+        clock = _Clock(folder / "seconds.json")
+        with clock:
+            module = fit(
+                model, settings.data, settings.recipe, folder,
+                name=contender.label, progress=progress, workers=settings.workers, accelerator=settings.device,
+            )  # fmt: skip
+        save_weights(model.cpu(), weights)
+        found = {"mixer": contender.text, "history": module.history, "train_seconds": clock.total}
+        write_json(result, found)
+    else:
+        load_weights(model, weights)
+    history = found["history"]
+    return Outcome(
+        contender.name, contender.label, history[-1]["val_accuracy"], history, found["train_seconds"], {}, model.eval()
+    )  # fmt: skip
+
+
+class _Clock:
+    """Wall time, added up over the runs that a training was stopped and resumed in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.total: float = read_json(path) or 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.total += time.perf_counter() - self._start
+        write_json(self.path, self.total)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save
+
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import load
+
+    model.load_state_dict(load(path.read_bytes()))
+
+
+def measure(outcomes: Sequence[Outcome], settings: Settings) -> None:
+    """Fill in what each model costs, at the size it was trained at and at 224 x 224, all measured in turns."""
+    size = settings.data.size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(LATENCY_BATCH, 3, size, size, generator=generator)
+    large = torch.randn(1, 3, LARGE_SIZE, LARGE_SIZE, generator=generator)
+    images, large = images.to(settings.device), large.to(settings.device)
+    models = {outcome.name: outcome.model.to(settings.device) for outcome in outcomes}
+    small_times, large_times = latencies(models, images), latencies(models, large)
+    for outcome in outcomes:
+        outcome.numbers |= {"parameters": parameters(outcome.model), **flops(outcome.model, images)}
+        outcome.numbers |= small_times[outcome.name] | memory(outcome.model, images)
+        at_large = flops(outcome.model, large) | large_times[outcome.name] | memory(outcome.model, large)
+        outcome.numbers |= {f"large_{key}": value for key, value in at_large.items()}
+    for model in models.values():
+        model.cpu()
+
+
+def epochs_that_fit(settings: Settings, seconds: float) -> int:
+    """The recipe's epochs, or fewer if training all contenders that long would take more than ``seconds`` here.
+
+    Times a few steps and a validation batch of each contender; at least one epoch.
+    """
+    total = 0.0
+    for contender in settings.contenders:
+        module = Classifier(settings.build(contender), len(settings.data.classes)).to(settings.device)
+        train, val = loaders(settings.data, settings.recipe)
+        steps = 0.0
+        for index, (images, labels) in enumerate(train):
+            start = time.perf_counter()
+            logits = module.model(images.to(settings.device))
+            torch.nn.functional.cross_entropy(logits, labels.to(settings.device)).backward()
+            if index > 0:  # the first one plans and allocates
+                steps += time.perf_counter() - start
+            if index == 4:
+                break
+        per_step = steps / max(index, 1)
+        total += per_step * (len(train) + len(val) * 0.8)  # a validation batch: twice the samples, no backward pass
+    overhead = 1.15  # the optimiser, the samples, checkpoints
+    return max(1, min(settings.recipe.epochs, int(seconds / (overhead * total))))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one mixer attends to: for each stage and query, the weights averaged over heads, ``(rows, columns)``."""
+
+    label: str
+    layers: list[str]
+    weights: list[list[Tensor]]
+
+
+def look(
+    outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[float, float]]
+) -> list[Look]:
+    """Capture the attention of the last block of each stage.
+
+    Args:
+        outcomes: trained mixers.
+        image: ``(3, height, width)``, normalised as in training.
+        queries: places as fractions of height and width.
+    """
+    looks = []
+    for outcome in outcomes:
+        with torch.inference_mode(), lens.capture(outcome.model, rows=list(queries)) as maps:
+            outcome.model(image[None])
+        last = {found.name.split(".blocks.")[0]: found for found in maps if len(found.grid) == 2 and found.call == 0}
+        weights = [
+            [found.weights[0][0].mean(0)[row].reshape(found.weights[0].shape[-2:]) for row in range(len(queries))]
+            for found in last.values()
+        ]
+        looks.append(Look(outcome.label, [name.replace("stages.", "stage ") for name in last], weights))
+    return looks
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for results.json."""
+    from .. import __version__
+
+    return {
+        "regard": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def results(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Everything that was found, ready for json. All but times, memory and ``environment`` depends on the seed only."""
+    return {
+        "environment": environment(),
+        "data": {
+            "name": settings.data.name,
+            "description": settings.data.description,
+            "fingerprint": settings.data.fingerprint(),
+            "classes": list(settings.data.classes),
+            "train": len(settings.data.train),
+            "val": len(settings.data.val),
+            "size": settings.data.size,
+            "chance": settings.data.chance,
+        },
+        "model": settings.model,
+        "table": dict(settings.table),
+        "recipe": asdict(settings.recipe),
+        "latency_batch": LATENCY_BATCH,
+        "large_size": LARGE_SIZE,
+        "mixers": [
+            {
+                "name": outcome.name,
+                "label": outcome.label,
+                "mixer": repr(contender.choice),
+                "accuracy": outcome.accuracy,
+                "train_seconds": outcome.train_seconds,
+                **outcome.numbers,
+                "history": outcome.history,
+            }
+            for contender, outcome in zip(settings.contenders, outcomes, strict=True)
+        ],
+    }

@@ -1,0 +1,287 @@
+"""Captured maps are the weights the attention multiplied its values with."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import regard
+from regard import Source, attend, create_mixer
+from regard import patterns as P
+from regard.lens import capture
+from regard.ops.observe import OBSERVERS
+
+STATIC = [
+    P.Dense(),
+    P.Causal(),
+    P.Window(3, shift=1),
+    P.Neighborhood(3, dilation=2),
+    P.Neighborhood((3, 2), causal=(True, False)),
+    P.Halo(2, 1, border="mask"),
+    P.Grid(2),
+    P.Axis(0) | P.Axis(1),
+    P.Window(3) & P.Neighborhood(3),
+    P.PerHead({P.Window(2): 1, P.Dense(): 3}),
+]
+ROUTED = [
+    P.Blocks(torch.tensor([[[0, 1], [2, -1], [3, 3], [1, 2]]]), (3, 3)),
+    P.Clusters(torch.arange(30)[None] % 4),
+]
+
+
+class Attends(nn.Module):
+    """A layer that attends to sources made of its input, in any backend."""
+
+    def __init__(self, pattern, backend="auto", bias=None, **options):
+        super().__init__()
+        self.pattern, self.backend, self.bias, self.options = pattern, backend, bias, options
+
+    def forward(self, x):
+        q, k, v = x
+        return attend(q, [Source(k, v, self.pattern, bias=self.bias)], backend=self.backend, **self.options)
+
+
+def random_qkv(grid=(5, 6), heads=4, kv_heads=4, dtype=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(2, *grid, h, 8, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def softmax_of(q, k, mask, bias=None, scale=None):
+    k = k.flatten(1, -3).repeat_interleave(q.shape[-2] // k.shape[-2], 2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, -3), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits if bias is None else logits + bias
+    return torch.softmax(logits.masked_fill(~mask, -torch.inf), -1).nan_to_num(0.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "backend"),
+    [
+        pytest.param(pattern, backend, id=f"{backend}-{pattern!r}")
+        for pattern in STATIC + ROUTED
+        for backend in ("reference", "dense", "tiled")
+        if not (backend == "tiled" and isinstance(pattern, P.Clusters))  # labels are not tiles
+    ],
+)
+def test_maps_equal_masked_softmax_for_every_pattern_and_backend(pattern, backend):
+    x = random_qkv(kv_heads=2)
+    q, k, v = x
+    model = Attends(pattern, backend)
+    expected_out = model(x)
+    with capture(model) as maps:
+        out = model(x)
+    assert torch.equal(out, expected_out)
+    (found,) = maps
+    assert (found.name, found.call, found.grid, found.pattern) == ("", 0, (5, 6), pattern)
+    (weights,) = found.weights
+    mask = pattern.mask((5, 6))
+    expected = softmax_of(q, k, mask if mask.ndim == 4 else mask[None, None])
+    torch.testing.assert_close(weights, expected.unflatten(-1, (5, 6)), rtol=0, atol=1e-12)
+    values = v.flatten(1, 2).repeat_interleave(2, 2)
+    rebuilt = torch.einsum("bhqk,bkhd->bqhd", weights.flatten(-2), values).unflatten(1, (5, 6))
+    torch.testing.assert_close(rebuilt, out, rtol=0, atol=1e-12)
+
+
+def test_biases_scale_and_valid_keys_are_in_the_maps():
+    x = random_qkv()
+    q, k, v = x
+    bias = torch.randn(1, 4, 30, 30, dtype=torch.float64)
+    valid = torch.rand(2, 5, 6) > 0.4
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return attend(q, k, v, P.Window(3), bias=bias, valid=valid, scale=0.7)
+
+    model = Model()
+    with capture(model) as maps:
+        model(x)
+    mask = P.Window(3).mask((5, 6)) & valid.flatten(1)[:, None, None]
+    torch.testing.assert_close(maps[0].weights[0].flatten(-2), softmax_of(q, k, mask, bias, 0.7), rtol=0, atol=1e-12)
+
+
+def test_sources_and_sink_share_one_softmax():
+    q, k, v = random_qkv()
+    other_k, other_v = (torch.randn(2, 3, 4, 8, dtype=torch.float64) for _ in range(2))
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return attend(q, [Source(k, v, P.Neighborhood(3)), Source(other_k, other_v)], sink=0.3)
+
+    model = Model()
+    with capture(model, rows=[0, 17]) as maps:
+        model(q)
+    grid_map, token_map = maps[0].weights
+    assert grid_map.shape == (2, 4, 2, 5, 6)
+    assert token_map.shape == (2, 4, 2, 3)
+    flat = q.flatten(1, 2)[:, [0, 17]]
+    mask = P.Neighborhood(3).mask((5, 6))[[0, 17]]
+    logits = torch.einsum("bqhd,bkhd->bhqk", flat, torch.cat([k.flatten(1, 2), other_k], 1)) * 8**-0.5
+    logits = logits.masked_fill(~torch.cat([mask, torch.ones(2, 3, dtype=torch.bool)], 1), -torch.inf)
+    expected = torch.softmax(torch.cat([logits, torch.full((2, 4, 2, 1), 0.3)], -1), -1)
+    torch.testing.assert_close(grid_map.flatten(-2), expected[..., :30], rtol=0, atol=1e-12)
+    torch.testing.assert_close(token_map, expected[..., 30:33], rtol=0, atol=1e-12)
+
+
+def network():
+    torch.manual_seed(0)
+    stage = nn.ModuleDict({"first": create_mixer("window", dim=16, heads=2, window_size=3)})
+    stage["second"] = create_mixer("criss_cross", dim=16, heads=1)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = stage
+            self.last = create_mixer("multi_head", dim=16, heads=2)
+
+        def forward(self, x):
+            y = self.stage["second"](x + self.stage["first"](x))
+            return self.last(y[:, ::2, ::2])
+
+    return Network()
+
+
+def test_maps_are_named_by_module_and_numbered_by_call():
+    model = network()
+    with capture(model) as maps:
+        model(torch.randn(1, 6, 8, 16))
+    assert [(m.name, m.call, m.grid) for m in maps] == [
+        ("stage.first", 0, (6, 8)), ("stage.second", 0, (6, 8)), ("stage.second", 1, (6, 8)), ("last", 0, (3, 4)),
+    ]  # fmt: skip
+    assert maps["stage.second"] is maps[1]
+    assert maps["stage.second", 1] is maps[2]
+    assert len(maps) == 4
+    with pytest.raises(KeyError, match=r"no attention .stage.secnd.*there are stage.second"):
+        maps["stage.secnd"]
+
+
+@pytest.mark.parametrize("layers", ["stage.*", "last", "*second"])
+def test_layers_are_chosen_by_glob(layers):
+    model = network()
+    with capture(model, layers=layers) as maps:
+        model(torch.randn(1, 6, 8, 16))
+    expected = {"stage.*": {"stage.first", "stage.second"}, "last": {"last"}, "*second": {"stage.second"}}
+    assert {m.name for m in maps} == expected[layers]
+
+
+def test_rows_are_coordinates_indices_or_fractions():
+    model, x = network(), torch.randn(1, 6, 8, 16)
+    with capture(model, layers="stage.first") as whole:
+        model(x)
+    for rows, flat in (([(2, 5), (5, 0)], [21, 40]), ([21, 40], [21, 40]), ([(0.34, 0.7), (0.99, 0.0)], [21, 40])):
+        with capture(model, rows=rows, layers="stage.first") as maps:
+            model(x)
+        assert maps[0].rows == tuple(flat)
+        torch.testing.assert_close(maps[0].weights[0], whole[0].weights[0][:, :, flat])
+
+
+def test_fractions_name_one_place_at_every_resolution():
+    model = network()
+    with capture(model, rows=[(0.5, 0.5)]) as maps:
+        model(torch.randn(1, 6, 8, 16))
+    assert [m.rows for m in maps] == [(3 * 8 + 4,)] * 3 + [(1 * 4 + 2,)]
+
+
+def test_extra_tokens_are_another_call_without_coordinates():
+    mixer = create_mixer("window", dim=16, heads=2, window_size=3)
+    x, extra = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 16)
+    with capture(mixer) as maps:
+        mixer(x, extra)
+    assert [(m.grid, [tuple(w.shape[3:]) for w in m.weights]) for m in maps] == [
+        ((4, 5), [(4, 5), (2,)]),
+        ((2,), [(4, 5), (2,)]),
+    ]
+    for found in maps:
+        total = sum(w.flatten(3).sum(-1) for w in found.weights)
+        torch.testing.assert_close(total, torch.ones_like(total))
+    with capture(mixer, rows=[(1, 1)]) as maps:
+        mixer(x, extra)
+    assert [m.grid for m in maps] == [(4, 5)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_under_checkpointing_is_not_recorded(reentrant):
+    mixer = create_mixer("window", dim=16, heads=2, window_size=3)
+    outer = nn.Sequential(mixer)
+    x = torch.randn(1, 4, 5, 16, requires_grad=True)
+    forwards = []
+    mixer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with capture(outer) as maps, regard.bench.count() as cost:
+        checkpoint(outer, x, use_reentrant=reentrant).sum().backward()
+    assert len(forwards) == 2
+    assert len(maps) == 1
+    assert cost.calls == 1
+
+
+def test_outputs_and_gradients_are_those_without_capture():
+    model, x = network(), torch.randn(1, 6, 8, 16)
+    plain = model(x)
+    plain.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with capture(model):
+        watched = model(x)
+    watched.sum().backward()
+    assert torch.equal(plain, watched)
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
+
+
+def test_nothing_stays_behind_even_after_an_error():
+    hooks = (nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks)
+    before, model = [len(h) for h in hooks], network()
+    with pytest.raises(ValueError, match="expected x"), capture(model):
+        model(torch.randn(1, 6, 8, 4))
+    assert not OBSERVERS
+    assert [len(h) for h in hooks] == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_recording_goes_on_after_an_error_inside_the_model():
+    model = network()
+    with capture(model) as maps:
+        with pytest.raises(ValueError, match="expected x"):
+            model(torch.randn(1, 6, 8, 4))
+        model.stage["first"](torch.randn(1, 6, 8, 16))
+    assert [m.name for m in maps] == ["stage.first"]
+
+
+def test_other_modules_are_not_recorded():
+    model, other = network(), create_mixer("multi_head", dim=16, heads=2)
+    with capture(model) as maps:
+        other(torch.randn(1, 3, 3, 16))
+        attend(*random_qkv())
+    assert not len(maps)
+
+
+def test_autocast_maps_are_the_float32_softmax_of_the_low_precision_logits():
+    mixer = create_mixer("multi_head", dim=16, heads=2)
+    x = torch.randn(1, 4, 4, 16)
+    with torch.autocast("cpu", torch.bfloat16), capture(mixer) as maps:
+        mixer(x)
+        q, k, _ = mixer.project(x, x)
+    assert q.dtype == torch.bfloat16
+    expected = softmax_of(q.float(), k.float(), torch.ones(16, 16, dtype=torch.bool))
+    assert maps[0].weights[0].dtype == torch.float32
+    torch.testing.assert_close(maps[0].weights[0].flatten(-2), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"rows": [(6, 0)], "layers": "stage.first"}, r"inside the grid \(6, 8\) of 'stage.first'.*got \(6, 0\)"),
+        ({"rows": [(0.5, 1.0)]}, r"fractions in \[0, 1\) of it; got \(0.5, 1.0\)"),
+        ({"rows": [48]}, r"0..47 on the grid \(6, 8\).*got 48"),
+        ({"limit": 2 * 48 * 48 * 4 - 1}, "48 queries of 'stage.first' take 0.0 MiB.*choose rows="),
+    ],
+)
+def test_errors_name_the_layer_and_what_is_allowed(arguments, told):
+    model = network()
+    with pytest.raises(ValueError, match=told), capture(model, **arguments):
+        model(torch.randn(1, 6, 8, 16))
+
+
+def test_limit_counts_what_was_taken_before():
+    model, x = network(), torch.randn(1, 6, 8, 16)
+    needed = 2 * 48 * 48 * 4 + 2 * 48 * 48 * 4 + 2 * 12 * 12 * 4
+    with capture(model, limit=needed):
+        model(x)
+    with pytest.raises(ValueError, match="'last'"), capture(model, limit=needed - 1):
+        model(x)

@@ -1,0 +1,176 @@
+"""Every backend equals the reference: output, log-sum-exp and all gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regard import attend
+from regard.ops import patterns as P
+from regard.ops.call import HeadTable
+
+from .cases import Case, assert_equal, cases, results
+
+CPU = ("dense", "tiled")
+
+
+def claims(case: Case, backend: str) -> bool:
+    """Whether the backend claims the case; it must then run it."""
+    try:
+        with torch.no_grad():
+            case.run(case.tensors(torch.float32), backend, return_lse=False)
+    except ValueError as error:
+        assert "cannot run this call" in str(error)
+        return False
+    return True
+
+
+@given(cases(), st.booleans())
+@settings(max_examples=300)
+def test_backends_equal_reference_in_float64(case, lse_gradient):
+    expected = results(case, "reference", torch.float64, lse_gradient)
+    for backend in (*CPU, "auto"):
+        if claims(case, backend):
+            assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
+
+
+@given(cases(), st.booleans())
+@settings(max_examples=120)
+def test_backends_equal_reference_in_float32(case, lse_gradient):
+    expected = results(case, "reference", torch.float32, lse_gradient, exact=True)
+    for backend in CPU:
+        if claims(case, backend):
+            assert_equal(results(case, backend, torch.float32, lse_gradient), expected, 1e-5)
+
+
+@given(cases(), st.booleans())
+@settings(max_examples=60)
+def test_backends_equal_reference_in_bfloat16(case, lse_gradient):
+    expected = results(case, "reference", torch.bfloat16, lse_gradient, exact=True)
+    for backend in CPU:
+        if claims(case, backend):
+            assert_equal(results(case, backend, torch.bfloat16, lse_gradient), expected, 2e-2)
+
+
+@given(cases(routed=False))
+def test_tiled_claims_every_static_pattern_but_raster_order(case):
+    members = case.pattern.groups if isinstance(case.pattern, P.PerHead) else ((case.pattern, 1),)
+    if len(case.grid) > 1 and any("Causal" in repr(m) for m, _ in members):
+        return
+    assert claims(case, "tiled")
+
+
+@given(cases())
+def test_dense_bias_gets_its_gradient(case):
+    q, k, v = (case.tensors(torch.float64)[name] for name in "qkv")
+    tokens = math.prod(case.grid)
+    for shape in ((tokens, tokens), (case.heads, tokens, tokens), (case.batch, 1, 1, tokens)):
+        found = []
+        for backend in ("reference", "dense"):
+            bias = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).view(shape).requires_grad_()
+            out = attend(q, k, v, case.pattern, bias=bias, valid=case.mask(), backend=backend)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v, bias))))
+        for left, right in zip(*found, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", [
+    "neighborhood(3)", "neighborhood(3, dilation=2, stride=2)", "window(3, shift=1)", "halo(2, 1)", "grid(2)",
+    "axis(0) | axis(1)", "neighborhood(3, border='zero')",
+])  # fmt: skip
+def test_tiled_gradcheck(pattern):
+    pattern = P.parse(pattern)
+    q, k, v = (torch.randn(1, 5, 4, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    if isinstance(pattern, P.Union):
+        table = None
+    else:
+        sizes = [2 * pattern.extent(axis, n, 2) + 1 for axis, n in enumerate((5, 4))]
+        table = torch.randn(2, *sizes, dtype=torch.float64, requires_grad=True)
+
+    def both(q, k, v, table):
+        bias = None if table is None else HeadTable(table, pattern)
+        return attend(q, k, v, pattern, bias=bias, return_lse=True, backend="tiled")
+
+    assert torch.autograd.gradcheck(both, (q, k, v, table))
+
+
+@pytest.mark.parametrize("grid", [(40, 40), (31, 37)])
+def test_tiled_equals_reference_where_tiles_come_in_many_chunks(grid, monkeypatch):
+    """Chunks of the real buffer size hold all of a test's grid; a small buffer walks every boundary between chunks."""
+    from regard.ops.backends import tiled
+
+    monkeypatch.setattr(tiled, "BUFFER", 1 << 14)
+    case = Case(grid, P.Neighborhood(5, dilation=2), heads=2, kv_heads=1, batch=2, table=True)
+    expected = results(case, "reference", torch.float32, False, exact=True)
+    assert_equal(results(case, "tiled", torch.float32, False), expected, 1e-5)
+
+
+def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients():
+    table = torch.tensor([[[-1, -1], [0, -1], [-1, 2]]])
+    valid = torch.tensor([[True, False, True, True, True, False]])
+    for pattern, mask, blind in (
+        (P.Blocks(table, 2), None, [0, 1]),
+        (P.Blocks(table, 2), valid, [0, 1]),
+        (P.Axis(0) & P.Dense(), torch.zeros(1, 6, dtype=torch.bool), list(range(6))),
+        (P.Window(2), torch.tensor([[True, True, False, False, True, True]]), [2, 3]),
+    ):
+        for backend in ("reference", "dense", "tiled"):
+            for dtype in (torch.float32, torch.float64):
+                q, k, v = (torch.randn(1, 6, 2, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+                out, lse = attend(q, k, v, pattern, valid=mask, return_lse=True, backend=backend)
+                assert out[0, blind].eq(0).all()
+                assert lse[0, blind].eq(-torch.inf).all()
+                seen = [i for i in range(6) if i not in blind]
+                assert lse[0, seen].isfinite().all()
+                grads = torch.autograd.grad(out.square().sum() + lse[0, seen].sum(), (q, k, v), retain_graph=True)
+                assert all(g.isfinite().all() for g in grads)
+                assert grads[0][0, blind].eq(0).all()
+                alone = attend(q, k, v, pattern, valid=mask, backend=backend)
+                assert alone[0, blind].eq(0).all()
+                assert all(g.isfinite().all() for g in torch.autograd.grad(alone.sum(), (q, k, v)))
+
+
+def test_one_tensor_as_query_key_and_value():
+    x = torch.randn(2, 9, 8, 2, 4, dtype=torch.float64, requires_grad=True)
+    for pattern in ("neighborhood(3)", "dense", "window(4)"):
+        grads = []
+        for backend in ("reference", "auto"):
+            (grad,) = torch.autograd.grad(attend(x, x, x, pattern, backend=backend).sin().sum(), x)
+            grads.append(grad)
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_non_contiguous_operands():
+    qkv = torch.randn(2, 9, 8, 3, 2, 4, dtype=torch.float64)
+    q, k, v = qkv.unbind(3)
+    expected = attend(q.contiguous(), k.contiguous(), v.contiguous(), "neighborhood(3)", backend="reference")
+    torch.testing.assert_close(attend(q, k, v, "neighborhood(3)", backend="tiled"), expected)
+    turned = [t.transpose(1, 2) for t in (q, k, v)]
+    torch.testing.assert_close(
+        attend(*turned, "neighborhood((5, 3))", backend="tiled"), attend(*turned, "neighborhood((5, 3))", backend="reference")
+    )
+
+
+def test_dropout_keeps_the_expected_output():
+    q, k, v = (torch.randn(1, 6, 1, 4, dtype=torch.float64) for _ in range(3))
+    expected = attend(q, k, v, "window(3)")
+    for backend in ("reference", "dense"):
+        draws = attend(*(t.expand(4000, -1, -1, -1) for t in (q, k, v)), "window(3)", dropout=0.3, backend=backend)
+        assert not draws[0].equal(draws[1])
+        torch.testing.assert_close(draws.mean(0, keepdim=True), expected, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("pattern", ["dense", "neighborhood(5)", "window(4, shift=2)", "axis(0) | axis(1)"])
+def test_autocast_computes_in_bfloat16(pattern):
+    q, k, v = (torch.randn(2, 8, 8, 2, 16) for _ in range(3))
+    expected = attend(q, k, v, pattern, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = torch.eye(16)
+        halves = [t @ weight for t in (q, k, v)]  # as a projection under autocast makes them
+        out = attend(halves[0], k, halves[2], pattern)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,132 @@
+"""Plans: the numbers equal a brute-force count, and the choice is the one attend makes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+import regard
+from regard import attend
+from regard.ops import patterns as P
+from regard.ops.dispatch import BACKENDS
+from regard.ops.planning import Plan
+
+from . import naive
+from .cases import Case, cases
+
+
+def plan_of(case: Case, backend: str = "auto") -> Plan:
+    return regard.plan(
+        case.pattern, case.grid, batch=case.batch, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
+        value_dim=case.value_dim, bias=case.table, backend=backend,
+    )  # fmt: skip
+
+
+@given(cases())
+@settings(max_examples=60)
+def test_attended_pairs_equal_a_brute_force_count(case):
+    plan = plan_of(case)
+    attended = int(naive.mask(case.pattern, case.grid, case.grid, case.batch, case.heads).sum())
+    dense = case.batch * case.heads * math.prod(case.grid) ** 2
+    assert plan.attended_pairs == attended
+    assert plan.dense_pairs == dense
+    assert plan.useful_flops == 2 * attended * (case.dim + case.value_dim)
+    assert plan.waste == (plan.computed_pairs / attended if attended else math.inf)
+    assert plan.bound == (dense / attended if attended else math.inf)
+    if not any(case.pattern.zero_keys(axis, n, len(case.grid)) != (0, 0) for axis, n in enumerate(case.grid)):
+        assert plan.computed_pairs >= attended or not case.pattern.static
+
+
+@given(cases())
+@settings(max_examples=40)
+def test_flops_of_tiles_equal_those_torch_counts(case):
+    call = dict(zip("qkv", (case.tensors(torch.float32)[name] for name in "qkv"), strict=True))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        try:
+            attend(call["q"], call["k"], call["v"], case.pattern, backend="tiled")
+        except ValueError:
+            return
+    case.table = False
+    assert counter.get_total_flops() == plan_of(case, "tiled").flops
+
+
+def test_computed_pairs_of_tiles_are_all_visited_once():
+    """A tile computes queries times keys: counted from the index tables of the plan."""
+    from regard.ops.tiling import tile_plan
+
+    plan = tile_plan("Neighborhood(5)", (9, 8), (9, 8), (0, 0), ((0, 0), (0, 0)))
+    visited = torch.zeros(72, 72, dtype=torch.long)
+    for part in plan.parts:
+        for group in part:
+            for queries, keys in zip(group.queries, group.keys, strict=True):
+                visited[torch.from_numpy(queries)[:, None], torch.from_numpy(keys)[None]] += 1
+    assert visited.max() == 1
+    assert (visited.bool() | ~P.Neighborhood(5).mask((9, 8))).all()
+    assert int(visited.sum()) == plan.computed_pairs
+    assert regard.plan("neighborhood(5)", (9, 8), backend="tiled").computed_pairs == plan.computed_pairs
+
+
+@given(cases())
+@settings(max_examples=40)
+def test_the_plan_names_the_backend_that_runs(case):
+    case.valid = False
+    chosen = plan_of(case).backend.split(" + ")
+    ran: set[str] = set()
+    originals = {name: module.run for name, module in BACKENDS.items()}
+
+    def spy(name):
+        def run(call):
+            ran.add(name)
+            return originals[name](call)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in BACKENDS.items():
+            patch.setattr(module, "run", spy(name))
+        case.sink = None
+        with torch.no_grad():
+            case.run(case.tensors(torch.float32), "auto", return_lse=False)
+    assert ran == set(chosen)
+
+
+def test_a_plan_prints_what_it_knows():
+    plan = regard.plan("neighborhood(7)", (56, 56), batch=4, heads=4)
+    text = str(plan)
+    lines = dict(line.split("  ", 1) for line in text.splitlines())
+    assert plan.backend == "tiled"
+    assert plan.attended_pairs == 4 * 4 * 56 * 56 * 49
+    assert plan.bound == 64.0
+    assert f"{plan.attended_pairs:,}" in lines["attended pairs"]
+    assert "64.00 x" in text
+    assert "not dense" in text
+    assert len({line.index(value.strip()) for line, value in zip(text.splitlines(), lines.values(), strict=True)}) == 1
+    assert set(plan.others) == set(BACKENDS) - {"tiled"}
+    assert json.loads(json.dumps(plan.as_dict()))["tile_bound"] == plan.tile_bound
+
+
+def test_perfectly_tiled_patterns_waste_nothing():
+    for pattern in ("window(7)", "grid(7)", "neighborhood(7, stride=7)"):
+        plan = regard.plan(pattern, (28, 28), heads=2, backend="tiled")
+        assert plan.waste == 1.0
+        assert plan.bound == plan.tile_bound == 16.0
+    assert regard.plan("axis(0) | axis(1)", (20, 30)).bound == pytest.approx(600 / 49)
+
+
+def test_plans_of_devices_that_are_not_here():
+    plan = regard.plan("neighborhood(7)", (56, 56), device="cuda", dtype=torch.bfloat16, training=True, bias=True)
+    assert plan.backend == "tiled"
+    assert "bias" in plan.others["natten"]
+    with pytest.raises(ValueError, match="cannot run this call: no backward on CPU"):
+        regard.plan("neighborhood(7)", (56, 56), training=True, backend="flex")
+
+
+def test_backends_say_where_they_run():
+    found = regard.backends()
+    assert list(found) == ["reference", "dense", "tiled", "flex", "natten"]
+    assert [found[name] for name in ("reference", "dense", "tiled")] == [None] * 3
