@@ -33,10 +33,12 @@ def attention(
     sees: Callable[[tuple[int, ...], tuple[int, ...]], bool],
     bias: Callable[[int, tuple[int, ...], tuple[int, ...]], Tensor] | None = None,
     zero_keys: Callable[[tuple[int, ...]], list[tuple[int, ...]]] | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of one image, one query and head at a time: ``(*grid, heads * value_dim)``.
 
-    ``zero_keys(query)`` lists positions outside the grid that take part with key and value zero.
+    ``zero_keys(query)`` lists positions outside the grid that take part with key and value zero; ``extra`` are keys and values
+    ``(n, heads, width)`` that every query sees, without bias.
     """
     grid, heads = q.shape[:-2], q.shape[-2]
     group = heads // k.shape[-2]
@@ -52,6 +54,9 @@ def attention(
             for key in zero_keys(at) if zero_keys else []:
                 logits.append(bias(head, at, key) if bias else q.new_zeros(()))
                 values.append(torch.zeros_like(values[0]))
+            for key, value in zip(*extra, strict=True) if extra else []:
+                logits.append(scale * (q[at][head] @ key[head // group]))
+                values.append(value[head // group])
             weights = torch.softmax(torch.stack(logits), 0)
             out[at][head] = (weights[:, None] * torch.stack(values)).sum(0)
     return out.flatten(-2)

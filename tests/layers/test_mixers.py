@@ -13,12 +13,14 @@ from naive_mixers import (
     region_means,
     split_heads,
 )
+from peers import timm
 
 import regard
 from regard import create_mixer, list_mixers
 from regard import patterns as P
 from regard.layers.mixers import AttentionMixer
 from regard.ops import route
+from regard.ops.rope import rope
 
 MIXERS = [
     ("axial", {}),
@@ -114,24 +116,40 @@ def test_padded_neighborhood_attends_to_projected_zero_tokens():
     assert (mixer(x) - whole(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("border", ["zero", "mask"])
-def test_halo_equals_formula(border):
-    grid, block, halo = (5, 6), 3, 2
+@pytest.mark.parametrize("border", ["zero", "mask", "shift"])
+@pytest.mark.parametrize(("grid", "block", "halo"), [((5, 6), 3, 2), ((7, 3), 2, 1), ((4, 4), 2, 3)])
+def test_halo_equals_formula(border, grid, block, halo):
     mixer = random_mixer("halo", block_size=block, halo_size=halo, border=border)
     x = torch.randn(1, *grid, 16, dtype=torch.float64)
 
-    def reach(n):
-        start = n // block * block
-        return range(start - halo, start + block + halo)
+    def reach(at, length):
+        start = at // block * block - halo
+        if border == "shift":
+            start = min(max(start, 0), max(length - block - 2 * halo, 0))
+        return range(start, start + block + 2 * halo)
 
     def sees(q, k):
-        return all(b in reach(a) for a, b in zip(q, k, strict=True))
+        return all(b in reach(a, n) for a, b, n in zip(q, k, grid, strict=True))
 
     def outside(q):
-        return [(y, c) for y in reach(q[0]) for c in reach(q[1]) if not (0 <= y < grid[0] and 0 <= c < grid[1])]
+        hung = [(y, c) for y in reach(q[0], grid[0]) for c in reach(q[1], grid[1])]
+        return [at for at in hung if not all(0 <= i < n for i, n in zip(at, grid, strict=True))]
+
+    q, k, v = split_heads(mixer, x[0])
+
+    def relative(head, at, key):
+        """The query times the embedding of the offset on each axis, not scaled; zero keys have it too."""
+        total = 0
+        for axis, table in enumerate(mixer.embedding.tables):
+            total = total + q[at][head] @ table[key[axis] - at[axis] + len(table) // 2]
+        return total
 
     zero_keys = outside if border == "zero" else None
-    assert_same(mixer(x)[0], plain(mixer, x[0], sees, offset_bias(mixer), zero_keys))
+    seen = attention(q, k, v, mixer.head_dim**-0.5, sees, relative, zero_keys)
+    assert_same(mixer(x)[0], project_out(mixer, seen))
+    extra = torch.randn(3, 16, dtype=torch.float64)  # has no place, so no relative term
+    seen = attention(q, k, v, mixer.head_dim**-0.5, sees, relative, zero_keys, split_heads(mixer, extra)[1:])
+    assert_same(mixer(x, extra[None])[0][0], project_out(mixer, seen))
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (8, 4), (7, 9), (2, 5)])
@@ -289,10 +307,49 @@ def test_second_criss_cross_pass_carries_gradient_to_the_shared_weights():
 @pytest.mark.parametrize("grid", [(6, 9), (7, 8)])
 def test_halo_of_zero_equals_windows(grid):
     halo = random_mixer("halo", block_size=3, halo_size=0, border="mask")
-    window = random_mixer("window", window_size=3)
-    window.load_state_dict(halo.state_dict())
+    window = random_mixer("window", window_size=3, relative_bias=False)
+    plain_halo = random_mixer("halo", block_size=3, halo_size=0, border="mask", relative_embedding=False)
+    with torch.no_grad():
+        for table in halo.embedding.tables:
+            table.zero_()
+    window.load_state_dict({k: v for k, v in halo.state_dict().items() if "tables" not in k})
+    plain_halo.load_state_dict(window.state_dict())
     x = torch.randn(2, *grid, 16, dtype=torch.float64)
     assert_same(halo(x), window(x))
+    assert_same(plain_halo(x), window(x))
+
+
+@pytest.mark.parametrize(("block", "radius"), [(2, 1), (3, 2)])
+def test_halo_equals_strided_neighborhood_away_from_the_border(block, radius):
+    halo = random_mixer("halo", block_size=block, halo_size=radius, relative_embedding=False)
+    strided = random_mixer("neighborhood", kernel_size=block + 2 * radius, stride=block, relative_bias=False)
+    strided.load_state_dict(halo.state_dict())
+    x = torch.randn(1, 5 * block, 5 * block, 16, dtype=torch.float64)
+    difference = (halo(x) - strided(x)).detach()[0].abs().amax(-1)
+    assert float(difference[block:-block, block:-block].max()) < 1e-11
+    assert float(difference[0].min()) > 1e-6
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("block", "radius"), [(4, 1), (2, 3)])
+def test_halo_equals_timm_under_its_weights(block, radius):
+    timm()
+    from timm.layers.halo_attn import HaloAttn
+
+    theirs = HaloAttn(16, num_heads=2, block_size=block, halo_size=radius, qkv_bias=True).double()
+    ours = random_mixer("halo", block_size=block, halo_size=radius)
+    with torch.no_grad():
+        kv = [t.flatten(1).unflatten(0, (2, 2, 8)) for t in (theirs.kv.weight, theirs.kv.bias[:, None])]  # (heads, k or v, dim)
+        q = [t.flatten(1) for t in (theirs.q.weight, theirs.q.bias[:, None])]
+        fused = [torch.cat([a, b[:, 0].flatten(0, 1), b[:, 1].flatten(0, 1)]) for a, b in zip(q, kv, strict=True)]
+        ours.qkv.weight.copy_(fused[0])
+        ours.qkv.bias.copy_(fused[1][:, 0])
+        ours.proj.weight.copy_(torch.eye(16))
+        ours.proj.bias.zero_()
+        for table, peer in zip(ours.embedding.tables, (theirs.pos_embed.height_rel, theirs.pos_embed.width_rel), strict=True):
+            table.copy_(peer[2 * radius :])  # the first offsets of theirs never occur
+    x = torch.randn(2, 2 * block, 3 * block, 16, dtype=torch.float64)
+    assert_same(ours(x), theirs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def test_grid_groups_are_the_tokens_of_one_residue():
@@ -324,10 +381,13 @@ def test_rotated_attention_depends_on_relative_positions_only():
     plain_mixer = random_mixer("multi_head", dim=16, heads=2)
     plain_mixer.load_state_dict(mixer.state_dict())
     x = torch.randn(1, 3, 4, 16, dtype=torch.float64)
-    q, k, _ = mixer.project(x, x)
-    logits = torch.einsum("bijhd,bklhd->bhijkl", mixer.rope(q), mixer.rope(k))
-    moved = [mixer.rope(t, torch.tensor(positions((3, 4))).reshape(3, 4, 2) + torch.tensor([5, 2])) for t in (q, k)]
+    q, k, v = mixer.project(x, x)
+    rotated_q, rotated_k = rope(q), rope(k)
+    logits = torch.einsum("bijhd,bklhd->bhijkl", rotated_q, rotated_k)
+    moved = [rope(t, torch.tensor(positions((3, 4))).reshape(3, 4, 2) + torch.tensor([5, 2])) for t in (q, k)]
     assert_same(torch.einsum("bijhd,bklhd->bhijkl", *moved), logits)
+    seen = attention(rotated_q[0], rotated_k[0], v[0], mixer.head_dim**-0.5, lambda q, k: True)
+    assert_same(mixer(x)[0], project_out(mixer, seen))
     assert (mixer(x) - plain_mixer(x)).abs().max() > 1e-4
 
 
@@ -385,7 +445,18 @@ def test_bfloat16_stays_close_to_float64(name, arguments):
     expected = mixer(x)
     y = mixer.bfloat16()(x.bfloat16())
     assert y.dtype == torch.bfloat16
-    assert float((y.double() - expected).norm() / expected.norm()) < 2e-2
+    assert ((y.double() - expected).norm() / expected.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize(("name", "arguments"), MIXERS, ids=ids)
+def test_autocast_stays_close_to_float32(name, arguments):
+    mixer = random_mixer(name, **{**arguments, **({"topk": -1} if "topk" in arguments else {})}).float()
+    x, extra = torch.randn(2, 7, 5, 16), torch.randn(2, 3, 16)
+    expected = mixer(x, extra)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = mixer(x, extra)
+    for ours, exact in zip(results, expected, strict=True):
+        assert ((ours.float() - exact).norm() / exact.norm()).item() < 2e-2
 
 
 @pytest.mark.parametrize(("name", "arguments"), MIXERS, ids=ids)
@@ -406,7 +477,7 @@ def test_context_gives_keys_and_values():
 
 @pytest.mark.parametrize("pad", ["mask", "token"])
 def test_extra_tokens_see_and_are_seen_by_everything(pad):
-    mixer = random_mixer("window", window_size=3, relative_bias=False, pad=pad)
+    mixer = random_mixer("window", window_size=3, pad=pad)
     x, extra = torch.randn(4, 5, 16, dtype=torch.float64), torch.randn(2, 16, dtype=torch.float64)
     y, y_extra = mixer(x[None], extra[None])
     padded = torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 2)) if pad == "token" else x
@@ -414,19 +485,14 @@ def test_extra_tokens_see_and_are_seen_by_everything(pad):
     extra_q, extra_k, extra_v = split_heads(mixer, extra)
     scale = mixer.head_dim**-0.5
 
-    def softmax_over(query, keys, values):
-        logits = torch.einsum("hd,khd->hk", query, keys) * scale
-        return torch.einsum("hk,khd->hd", logits.softmax(-1), values).flatten()
+    def sees(q, k):
+        return all(a // 3 == b // 3 for a, b in zip(q, k, strict=True))
 
-    def kept(at):
-        mine = [k for k in positions(padded.shape[:2]) if all(a // 3 == b // 3 for a, b in zip(at, k, strict=True))]
-        return tuple(torch.cat([torch.stack([t[m] for m in mine]), e]) for t, e in ((k, extra_k), (v, extra_v)))
-
-    expected = torch.stack([softmax_over(q[at], *kept(at)) for at in positions((4, 5))]).reshape(4, 5, 16)
-    assert_same(y[0], project_out(mixer, expected))
-    everything = [torch.cat([t[:4, :5].flatten(0, 1), e]) for t, e in ((k, extra_k), (v, extra_v))]  # no padding among it
-    expected = torch.stack([softmax_over(query, *everything) for query in extra_q])
-    assert_same(y_extra[0], project_out(mixer, expected))
+    seen = attention(q, k, v, scale, sees, offset_bias(mixer), extra=(extra_k, extra_v))
+    assert_same(y[0], project_out(mixer, seen[:4, :5]))
+    everything = (k[:4, :5], v[:4, :5])  # the padding is nothing that could be seen
+    seen = attention(extra_q, *everything, scale, lambda q, k: True, extra=(extra_k, extra_v))
+    assert_same(y_extra[0], project_out(mixer, seen))
 
 
 @pytest.mark.parametrize(

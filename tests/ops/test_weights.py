@@ -22,9 +22,9 @@ def applied(found: list[Tensor], sources: list[Source], heads: int) -> Tensor:
     for weight, source in zip(found, sources, strict=True):
         covered = list(source.heads or range(heads))
         v = source.v.flatten(1, -3).repeat_interleave(len(covered) // source.v.shape[-2], 2)
-        total = total + torch.einsum("bhqk,bkhd->bqhd", weight.flatten(3)[:, covered], v).new_zeros(
-            v.shape[0], weight.shape[2], heads, v.shape[-1]
-        ).index_copy(2, torch.tensor(covered), torch.einsum("bhqk,bkhd->bqhd", weight.flatten(3)[:, covered], v))
+        part = torch.einsum("bhqk,bkhd->bqhd", weight.flatten(3)[:, covered], v)
+        everyone = part.new_zeros(*part.shape[:2], heads, part.shape[-1])
+        total = total + everyone.index_copy(2, torch.tensor(covered), part)
     return total  # type: ignore[return-value]  # there is a source
 
 
@@ -63,13 +63,14 @@ def several() -> tuple[Tensor, list[Source]]:
 @pytest.mark.parametrize("sink", [None, 0.3, "per head"])
 def test_weights_of_several_sources_compete_in_one_softmax(sink):
     q, sources = several()
-    sink = torch.randn(4) if sink == "per head" else sink
+    sink = torch.randn(4, dtype=torch.float64) if sink == "per head" else sink
     found = attend_weights(q, sources, scale=0.7, sink=sink)
     expected, lse = attend(q, sources, scale=0.7, sink=sink, return_lse=True)
     torch.testing.assert_close(applied(found, sources, 4).view_as(expected), expected, rtol=1e-11, atol=1e-11)
     assert [w.shape for w in found] == [(2, 4, 30, 5, 6), (2, 4, 30, 7), (2, 4, 30, 5, 6)]
     shown = sum(w.flatten(3).sum(-1) for w in found)
-    mass = torch.zeros_like(shown) if sink is None else torch.exp(torch.as_tensor(sink).view(-1, 1) - lse.flatten(1, 2).mT)
+    logit = torch.as_tensor(-torch.inf if sink is None else sink, dtype=torch.float64)
+    mass = torch.exp(logit.view(-1, 1) - lse.flatten(1, 2).mT)
     assert (shown + mass <= 1 + 1e-11).all()
     torch.testing.assert_close((shown + mass)[:, 2], torch.ones(2, 30, dtype=torch.float64))  # a head without zero keys
 

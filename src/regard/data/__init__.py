@@ -3,7 +3,7 @@
 Needs the ``train`` extra: ``pip install "regard[train]"``.
 """
 
-from .embedded import PHOTOGRAPHS, photo_crops, photograph
+from .embedded import PHOTOGRAPHS, photo_crops, photograph, to_grey
 from .images import ImageSet, Samples, VisionData
 from .loading import EpochSampler, ResumableLoader
 from .sources import load_data
@@ -18,4 +18,5 @@ __all__ = [
     "load_data",
     "photo_crops",
     "photograph",
+    "to_grey",
 ]

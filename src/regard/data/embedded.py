@@ -61,6 +61,11 @@ def photograph(name: str) -> Tensor:
     return decode_image(Path(found.origin).parent / folder / file, f"{package}/{folder}/{file}")
 
 
+def to_grey(picture: Tensor) -> Tensor:
+    """Luma ``(height, width)`` of a picture ``(3, height, width)``."""
+    return torch.einsum("chw,c->hw", picture, torch.tensor([0.299, 0.587, 0.114]))
+
+
 def cells(height: int, width: int, across: int) -> list[tuple[int, int, int, int]]:
     """Cut an image into disjoint nearly square cells, ``across`` along its shorter side: top, left, bottom, right."""
     side = min(height, width) / across
@@ -104,8 +109,7 @@ def photo_crops(
     """
     parts: dict[bool, tuple[list[Tensor], list[int]]] = {True: ([], []), False: ([], [])}
     for label, name in enumerate(names):
-        picture = photograph(name).float()
-        grey = (picture * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+        grey = to_grey(photograph(name).float())
         boxes = cells(*grey.shape, across)
         columns = sum(box[0] == 0 for box in boxes)
         for index, (top, left, bottom, right) in enumerate(boxes):

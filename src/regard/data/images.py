@@ -159,11 +159,14 @@ class Samples(Dataset):
         x = x[:, top : top + self.size, left : left + self.size]
         if flip:
             x = x.flip(-1)
+        return self.normalised(x), self.images.labels[image]
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Pixels ``(3, height, width)`` of 0..255 as the model sees them."""
         if self.normalise == "sample":
-            x = (x - x.mean()) / x.std().clamp_min(1.0)
-        else:
-            x = (x - MEAN) / STD
-        return x, self.images.labels[image]
+            x = x.float()
+            return (x - x.mean()) / x.std().clamp_min(1.0)
+        return (x.float() - MEAN) / STD
 
 
 @dataclass(frozen=True)

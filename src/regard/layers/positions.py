@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.patterns import Pattern, as_pattern, grid_positions
+from ..ops.patterns import Ints, Pattern, Separable, as_pattern, grid_positions
 from ..ops.rope import rope
 from .conv import convolve_tokens, depthwise
 
@@ -51,6 +51,55 @@ class OffsetBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.table.shape)}, {self.pattern!r}"
+
+
+class OffsetEmbedding(nn.Module):
+    """Relative embeddings: adds ``q . sum_a r_a[offset on axis a]`` to the logits, a bias that depends on the query.
+
+    The sum becomes a part of ``q k^T`` itself, so that any backend computes it: keys get, per axis, ``span`` channels that say
+    in which slot (coordinate modulo ``span``) they stand; queries get their products with the embeddings of those slots.
+
+    Args:
+        head_dim: width of a head.
+        pattern: a separable pattern without dilation, of bounded reach.
+        span: the most consecutive keys a query sees on an axis, a number or one per axis.
+        rank: number of grid axes.
+
+    Source: Ramachandran et al., arXiv:1906.05909; Vaswani et al., HaloNet, arXiv:2103.12731.
+    """
+
+    def __init__(self, head_dim: int, pattern: Separable, span: Ints, rank: int = 2, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.spans = span if isinstance(span, tuple) else (span,) * rank
+        sizes = [2 * pattern.extent(axis, None, rank) + 1 for axis in range(rank)]
+        self.tables = nn.ParameterList(torch.empty(size, head_dim, device=device, dtype=dtype) for size in sizes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in self.tables:
+            nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
+
+    def forward(self, q: Tensor, k: Tensor, q_start: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+        """Queries ``(batch, *grid, heads, head_dim)`` and keys with ``sum(span)`` channels more.
+
+        ``q_start`` places the queries on the key grid; ``scale`` is the factor that ``attend`` will apply.
+        """
+        rank = len(self.spans)
+        queries, keys = [q], [k]
+        for axis, (span, table) in enumerate(zip(self.spans, self.tables, strict=True)):
+            length = k.shape[1 + axis]
+            at = torch.arange(q_start[axis], q_start[axis] + q.shape[1 + axis], device=q.device)[:, None]
+            start = self.pattern.axis_window(axis, at, length, rank).start
+            offset = start + (torch.arange(span, device=q.device) - start) % span - at  # (queries, slots)
+            extent = table.shape[0] // 2
+            embedded = table[offset.clamp(-extent, extent) + extent]  # (queries, slots, head_dim)
+            products = torch.einsum("bn...d,nsd->bn...s", q.movedim(1 + axis, 1), embedded.to(q.dtype))
+            queries.append(products.movedim(1, 1 + axis) / scale)
+            slot = torch.nn.functional.one_hot(torch.arange(length, device=k.device) % span, span).to(k.dtype)
+            slot = slot.reshape(length, *[1] * (rank - axis), span)
+            keys.append(slot.expand(*k.shape[:-1], span))
+        return torch.cat(queries, -1), torch.cat(keys, -1)
 
 
 def resize_offset_table(table: Tensor, sizes: Sequence[int]) -> Tensor:

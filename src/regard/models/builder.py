@@ -78,7 +78,7 @@ class BackboneSpec:
     layouts: tuple[Layout, ...] = ()
 
     def with_mixer(self, mixer: MixerChoice) -> BackboneSpec:
-        """The same table with another token mixer in every block.
+        """The same table with another token mixer in every block, and without the names of published checkpoints.
 
         Args:
             mixer: a registered name, or a name and options, ``("window", {"window_size": 4})``; a list of these is a period
@@ -92,7 +92,7 @@ class BackboneSpec:
         if not period:
             raise ValueError("mixer must name at least one mixer; got an empty list")
         stages = tuple(replace(stage, period=period) for stage in self.stages)
-        return replace(self, stages=stages)
+        return replace(self, stages=stages, layouts=())
 
 
 def _block_spec(choice: object) -> BlockSpec:

@@ -73,7 +73,8 @@ def attend(
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=dropout, need_lse=need_lse)
     if OBSERVERS:
         calls = [call for group in broken for _, call in group]
-        sink_logits = None if sink is None else torch.as_tensor(sink, dtype=torch.float32, device=q.device)
+        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        sink_logits = None if sink is None else torch.as_tensor(sink, dtype=kind, device=q.device)
         start = tuple(q_start) if isinstance(q_start, (tuple, list)) else (q_start,) + (0,) * (q.ndim - 4)
         record = Record(q, sources, calls, calls[0].scale, sink_logits, start)
         for observer in OBSERVERS:

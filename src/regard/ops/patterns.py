@@ -17,7 +17,7 @@ import ast
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -849,18 +849,37 @@ def _without(part: Part, taken: Part) -> list[Part]:
 _CONSTRUCTORS = {c.__name__.lower(): c for c in (Dense, Causal, Window, Neighborhood, Halo, Grid, Axis, PerHead)}
 
 
-@lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
     """Read a static pattern from text such as ``"neighborhood(7, dilation=2) | axis(0)"``; names in any case.
 
     Raises ``ValueError`` that quotes the text and lists what exists.
     """
+    return getattr(_PARSED, _place(text))
+
+
+class _Parsed:
+    """What was read, as attributes: a graph under trace can follow those, but not the reading itself."""
+
+
+_PARSED = _Parsed()
+
+
+@torch.compiler.assume_constant_result
+def _place(text: str) -> str:
+    """The name of the attribute that holds the pattern of a text."""
+    return _read(text)
+
+
+@cache
+def _read(text: str) -> str:
     try:
         pattern = _build(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"cannot read pattern {text!r}: {reason}") from None
-    return pattern
+    name = f"pattern_{len(vars(_PARSED))}"
+    setattr(_PARSED, name, pattern)
+    return name
 
 
 def _build(node: ast.expr) -> Pattern:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .patterns import Dense, Separable, disjoint_parts, parse
+from .patterns import Causal, Dense, Separable, disjoint_parts, parse
 
 PAIR, ROW, TILE = 1.0, 5.0, 60.0
 """Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
@@ -29,7 +29,8 @@ class AxisTiles:
     """Tiles of one shape on one axis: ``queries (tiles, tq)``, ``keys (tiles, tk)`` and per class of tiles the ``mask``.
 
     Queries index the query grid and keys the padded key grid. ``kinds (tiles)`` is the class of each tile; ``mask`` is
-    ``(classes, tq, tk)``, True where visible, and ``offsets`` likewise, the index into a bias table's axis.
+    ``(classes, tq, tk)``, True where visible, and ``offsets`` likewise, the index into a bias table's axis. Where all pairs are
+    visible, and where there is no table, they are ``(classes, 1, 1)``.
     """
 
     queries: np.ndarray
@@ -72,17 +73,20 @@ class TilePlan:
     """The disjoint parts of a pattern, each a list of tile groups that covers every query exactly once.
 
     ``tile`` is the tile size asked for on each axis of the first part; ``queries`` and ``keys`` count the tokens of the query
-    grid and of the padded key grid.
+    grid and of the padded key grid. ``causal`` plans have one tile, of which only the lower triangle is visible.
     """
 
     parts: tuple[tuple[TileGroup, ...], ...]
     tile: tuple[int, ...]
     queries: int
     keys: int
+    causal: bool = False
 
     @property
     def computed_pairs(self) -> int:
         """Pairs of query and key that are computed, per batch item and head."""
+        if self.causal:
+            return self.queries * (self.queries + 1) // 2
         return sum(group.pairs for part in self.parts for group in part)
 
     @property
@@ -110,8 +114,11 @@ def tile_plan(
         table: text form of the bias table's pattern and the table's sizes.
         tile: queries per tile and axis; by default the cheapest under the cost model.
     """
-    rank = len(k_grid)
-    parts = disjoint_parts(parse(spec), rank)
+    rank, pattern = len(k_grid), parse(spec)
+    if isinstance(pattern, Causal) and q_grid == k_grid and table is None and rank == 1:
+        whole = tile_plan(Dense().spec, q_grid, k_grid, q_start, zeros)
+        return None if whole is None else replace(whole, causal=True)
+    parts = disjoint_parts(pattern, rank)
     if parts is None:
         return None
     bias = None if table is None else (parse(table[0]), table[1])
@@ -139,21 +146,25 @@ def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, fir
 
     @lru_cache(maxsize=None)
     def build(size: int) -> list[AxisTiles]:
-        tiles = []  # (query indices, first key, keys, residue)
+        tiles = []  # (query indices, first key, past the last key, residue)
+        even = []  # whether all queries of the tile see the same keys
         for residue in np.unique(start % step_size):
             members = np.nonzero(start % step_size == residue)[0]
             low = (start[members] - residue) // step_size
             high = low + count[members]
             for chunk in _split(low, high, size):
                 tiles.append((members[chunk], int(low[chunk].min()), int(high[chunk].max()), int(residue)))
+                even.append(bool(np.ptp(low[chunk]) == 0 and np.ptp(high[chunk]) == 0))
         shapes: dict[tuple[int, int], list[int]] = {}
         for i, (members, low_, high_, _) in enumerate(tiles):
             band = math.ceil(2 * math.log2(max(high_ - low_, 1)))
             shapes.setdefault((len(members), band if _ragged(tiles) else 0), []).append(i)
         groups = []
         for chosen in shapes.values():
-            group = _axis_tiles([tiles[i] for i in chosen], step_size, literals, axis, rank, length, first, zeros, bias)
-            groups.append(group)
+            some = [tiles[i] for i in chosen]
+            spans = {high_ - low_ for _, low_, high_, _ in some}
+            full = len(literals) == 1 and len(spans) == 1 and all(even[i] for i in chosen)
+            groups.append(_axis_tiles(some, step_size, full, literals, axis, rank, length, first, zeros, bias))
         if not any(group.mask.any() for group in groups):
             return []
         return groups
@@ -180,21 +191,25 @@ def _narrowest(literals, axis: int, rank: int, queries: int, length: int, first:
 
 def _split(low: np.ndarray, high: np.ndarray, size: int) -> list[np.ndarray]:
     """Partition consecutive queries with key intervals ``[low, high)`` into tiles of about ``size``."""
-    change = np.nonzero((np.diff(low) != 0) | (np.diff(high) != 0))[0] + 1
-    runs = np.split(np.arange(len(low)), change)
-    if len(runs) == 1:
-        return runs
-    apart = all(high[a[0]] <= low[b[0]] for a, b in itertools.pairwise(runs))
-    each = int(np.median([len(run) for run in runs]))  # at borders that shift inward the first and last are longer
+    changes = np.nonzero((np.diff(low) != 0) | (np.diff(high) != 0))[0] + 1
+    starts = np.concatenate([[0], changes, [len(low)]])  # of runs that see the same keys
+    if len(starts) == 2:
+        return [np.arange(len(low))]
+    apart = bool((high[starts[:-2]] <= low[starts[1:-1]]).all())
+    each = int(np.median(np.diff(starts)))  # at borders that shift inward the first and last runs are longer
     if apart or 2 * each > size:
-        return runs
-    number = math.ceil(len(low) / size)
-    bounds = np.unique(np.linspace(0, len(low), number + 1) / each + 0.5).astype(int) * each
-    bounds[-1] = len(low)
+        bounds = starts
+    else:
+        number = math.ceil(len(low) / size)
+        bounds = np.unique(np.linspace(0, len(low), number + 1) / each + 0.5).astype(int) * each
+        bounds[-1] = len(low)
     return [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _axis_tiles(tiles, step: int, literals, axis: int, rank: int, length: int, first: int, zeros, bias) -> AxisTiles:
+def _axis_tiles(
+    tiles, step: int, full: bool, literals, axis: int, rank: int, length: int, first: int, zeros, bias
+) -> AxisTiles:
+    """Tiles of one number of queries; ``full`` says that every query sees all keys of its tile."""
     before, after = zeros
     queries = np.stack([members for members, *_ in tiles])
     width = max(high - low for _, low, high, _ in tiles)
@@ -207,36 +222,41 @@ def _axis_tiles(tiles, step: int, literals, axis: int, rank: int, length: int, f
     slots = np.minimum(slots, highest[:, None] - 1)
     k_pos = slots * step + residue[:, None]
     q_pos = queries + first
-    mask = np.broadcast_to(real[:, None, :], (len(tiles), queries.shape[1], width)).copy()
-    for pattern, positive in sorted(literals, key=repr):
-        seen = pattern.axis_visible(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
-        mask &= np.broadcast_to(seen, mask.shape) == positive
-    offsets = np.zeros_like(mask, dtype=np.int64)
+    shape = (len(tiles), queries.shape[1], width)
+    if full and real.all():
+        mask = np.ones((len(tiles), 1, 1), dtype=bool)
+    else:
+        mask = np.broadcast_to(real[:, None, :], shape).copy()
+        for pattern, positive in sorted(literals, key=repr):
+            seen = pattern.axis_visible(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
+            mask &= np.broadcast_to(seen, shape) == positive
+    offsets = np.zeros((len(tiles), 1, 1), dtype=np.int64)
     if bias is not None:
         pattern, sizes = bias
         extent = sizes[axis] // 2
         steps = pattern.offset(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
-        offsets = np.where(mask, np.clip(steps, -extent, extent) + extent, 0)
-    both = np.concatenate([mask.reshape(len(tiles), -1), offsets.reshape(len(tiles), -1)], 1)
-    _, index, kinds = np.unique(both, axis=0, return_index=True, return_inverse=True)
-    return AxisTiles(queries, k_pos + before, kinds.reshape(-1), mask[index], offsets[index])
+        offsets = np.broadcast_to(np.where(mask, np.clip(steps, -extent, extent) + extent, 0), shape)
+    classes: dict[bytes, int] = {}
+    kinds = np.array([classes.setdefault(m.tobytes() + o.tobytes(), len(classes)) for m, o in zip(mask, offsets, strict=True)])
+    index = np.unique(kinds, return_index=True)[1]
+    return AxisTiles(queries, k_pos + before, kinds, mask[index], offsets[index])
 
 
 def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGroup:
     """Combine the tiles of all axes into tiles of the grid."""
     padded = [n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True)]
     sizes = bias[1] if bias is not None else (1,) * len(k_grid)
-    queries = tiles[0].queries
-    keys, kinds, mask, offsets = tiles[0].keys, tiles[0].kinds, tiles[0].mask, tiles[0].offsets
+    queries, keys, kinds, mask, offsets = (
+        tiles[0].queries, tiles[0].keys, tiles[0].kinds, tiles[0].mask, tiles[0].offsets,
+    )  # fmt: skip
     for axis in range(1, len(tiles)):
         t = tiles[axis]
+        before, inner = (queries.shape[1], keys.shape[1]), (t.queries.shape[1], t.keys.shape[1])
+        mask = _outer_pairs(np.logical_and, mask, before, t.mask, inner)
+        offsets = _outer_pairs(np.add, offsets * sizes[axis], before, t.offsets, inner)
         queries = _outer(queries * q_grid[axis], t.queries)
         keys = _outer(keys * padded[axis], t.keys)
         kinds = (kinds[:, None] * len(t.mask) + t.kinds).reshape(-1)
-        shape = (len(mask) * len(t.mask), mask.shape[1] * t.mask.shape[1], mask.shape[2] * t.mask.shape[2])
-        mask = (mask[:, None, :, None, :, None] & t.mask[None, :, None, :, None, :]).reshape(shape)
-        combined = offsets[:, None, :, None, :, None] * sizes[axis] + t.offsets[None, :, None, :, None, :]
-        offsets = combined.reshape(shape)
     return TileGroup(
         queries, keys, kinds,
         None if mask.all() else mask,
@@ -248,6 +268,14 @@ def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGro
 def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``(m, p)`` and ``(n, q)`` to sums ``(m * n, p * q)``."""
     return (a[:, None, :, None] + b[None, :, None, :]).reshape(len(a) * len(b), -1)
+
+
+def _outer_pairs(operation, a: np.ndarray, a_tile, b: np.ndarray, b_tile) -> np.ndarray:
+    """Combine what two axes say of the pairs of their tiles; ``(classes, 1, 1)`` stands for the same at all pairs."""
+    if a.shape[1:] != (1, 1) or b.shape[1:] != (1, 1):
+        a, b = np.broadcast_to(a, (len(a), *a_tile)), np.broadcast_to(b, (len(b), *b_tile))
+    both = operation(a[:, None, :, None, :, None], b[None, :, None, :, None, :])
+    return both.reshape(len(a) * len(b), a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
 
 
 def _cheapest(build) -> tuple[int, ...]:

@@ -265,6 +265,7 @@ def results(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "classes": list(settings.data.classes),
             "train": len(settings.data.train),
             "val": len(settings.data.val),
+            "held_out_images": len(settings.data.val.images),
             "size": settings.data.size,
             "chance": settings.data.chance,
         },

@@ -23,8 +23,6 @@ LABELS: dict[str, str] = {
 USUAL: dict[str, MixerChoice] = {
     "window": [("window", {"window_size": 4}), ("window", {"window_size": 4, "shift": 2})],
     "bi_level_routing": ("bi_level_routing", {"regions": 4, "topk": 4}),
-    "grid": ("grid", {}),
-    "halo": ("halo", {}),
 }
 """What a name without options stands for where the mixer's defaults, made for large images, do not suit compact models."""
 
@@ -114,7 +112,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         if "__init__" in vars(cls) and cls.__module__.startswith("regard."):
             found = inspect.signature(cls.__init__).parameters.values()
             allowed += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    allowed = [option for option in dict.fromkeys(allowed) if option not in ("self", "dim", "heads", "device", "dtype")]
+    allowed = [option for option in dict.fromkeys(allowed) if option not in ("self", "dim", "heads", "pattern", "device", "dtype")]
     unknown: Sequence[str] = [option for option in options if option not in allowed]
     if unknown:
         raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")

@@ -160,7 +160,10 @@ def fit(
             default_root_dir=folder,
         )
         last = folder / "last.ckpt"
-        # the checkpoint holds random states, which are not tensors; it is one of our own
-        trainer.fit(module, train, val, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+        try:
+            # the checkpoint holds random states, which are not tensors; it is one of our own
+            trainer.fit(module, train, val, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+        except SystemExit as stop:  # what Lightning makes of a keyboard interrupt
+            raise KeyboardInterrupt from stop
     module.eval()
     return module

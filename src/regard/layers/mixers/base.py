@@ -90,10 +90,10 @@ class AttentionMixer(nn.Module):
         """What is done to the heads' joint output ``(batch, *grid, heads * value_dim)`` before the projection."""
         return y
 
-    def attend(self, q: Tensor, sources: Sequence[Source]) -> Tensor:
+    def attend(self, q: Tensor, sources: Sequence[Source], q_start: int | Sequence[int] = 0) -> Tensor:
         """:func:`regard.attend` with the mixer's scale, dropout and backend."""
         dropout = self.attn_drop if self.training else 0.0
-        y = attend(q, sources, scale=self.scale, dropout=dropout, backend=self.backend)
+        y = attend(q, sources, scale=self.scale, q_start=q_start, dropout=dropout, backend=self.backend)
         assert isinstance(y, Tensor)  # no lse was asked for
         return y
 

@@ -1,26 +1,34 @@
-"""Halo attention: softmax(q k^T / sqrt(d) + b) v, a block of b x b queries sharing the (b + 2h) x (b + 2h) keys around it.
+"""Halo attention: softmax(q k^T / sqrt(d) + q r^T) v, a block of b x b queries sharing the (b + 2h) x (b + 2h) keys around it.
 
 Cost: linear in tokens, (b + 2h)^2 keys per query. Source: Vaswani et al., HaloNet, arXiv:2103.12731.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops import Source
 from ...ops import patterns as P
-from .base import PatternMixer
+from ..positions import OffsetEmbedding
+from .base import AttentionMixer, per_axis
 from .registry import register_mixer
 
 
 @register_mixer("halo")
-class HaloAttention(PatternMixer):
-    """Blocked local attention with a learned relative bias, in place of the paper's embedding that depends on the query.
+class HaloAttention(AttentionMixer):
+    """Blocked local attention with learned relative embeddings, common to all heads.
 
     Args:
         dim, heads: channels and attention heads.
         block_size: queries per axis that share their keys.
         halo_size: how far the keys reach beyond the block, on every side.
-        border: ``"zero"`` lets the halo hang over the grid, where zero keys take part in the softmax (the paper),
-            ``"mask"`` clips it, ``"shift"`` moves it inward.
-        relative_bias: whether to learn a bias over offsets.
+        border: ``"zero"`` lets the halo hang over the grid, where keys and values of zeros take part in the softmax with their
+            relative term (the paper), ``"mask"`` clips it, ``"shift"`` moves it inward.
+        relative_embedding: whether to learn a term of the logits that depends on query and offset.
         rank: number of grid axes.
         **projections: see :class:`AttentionMixer`.
     """
@@ -33,10 +41,29 @@ class HaloAttention(PatternMixer):
         halo_size: P.Ints = 3,
         *,
         border: str = "zero",
-        relative_bias: bool = True,
+        relative_embedding: bool = True,
         rank: int = 2,
         **projections,
     ) -> None:
-        super().__init__(
-            dim, heads, P.Halo(block_size, halo_size, border), relative_bias=relative_bias, rank=rank, **projections
-        )
+        super().__init__(dim, heads, **projections)
+        self.scale = self.head_dim**-0.5 if self.scale is None else self.scale  # the embedding widens the queries
+        self.pattern = P.Halo(block_size, halo_size, border)
+        axes = (0,) * rank
+        self.block, self.halo = per_axis(block_size, axes), per_axis(halo_size, axes)
+        spans = tuple(b + 2 * h for b, h in zip(self.block, self.halo, strict=True))
+        embedding = OffsetEmbedding(self.head_dim, self.pattern, spans, rank, **self.factory) if relative_embedding else None
+        self.embedding = embedding
+
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
+        if self.embedding is None:
+            return self.attend(q, [Source(k, v, self.pattern), *extra])
+        pattern, start = self.pattern, (0,) * len(self.block)
+        if pattern.border == "zero":  # zero keys have a relative term, so they have to be real keys here
+            pattern = replace(pattern, border="mask")
+            start = tuple(-(-h // b) * b for b, h in zip(self.block, self.halo, strict=True))  # keeps blocks aligned
+            ends = [-n % b + h for n, b, h in zip(k.shape[1:-2], self.block, self.halo, strict=True)]
+            widths = [n for pair in zip(reversed(start), reversed(ends), strict=True) for n in pair]
+            k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (k, v))
+        q, k = self.embedding(q, k, start, self.scale)
+        width = q.shape[-1] - self.head_dim
+        return self.attend(q, [Source(k, v, pattern), *(replace(s, k=F.pad(s.k, [0, width])) for s in extra)], start)

@@ -11,7 +11,8 @@ products. The same plan serves windows, neighborhoods, halos, grids, axes, their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -40,7 +41,7 @@ def supports(call: Call) -> str | None:
         return "no relative bias over routed blocks" if call.table is not None else None
     if not call.pattern.static:
         return f"{call.pattern!r} is routed but not in blocks"
-    if plan_of(call) is None:
+    if _plan_pairs(*_plan_key(call)) is None:
         return f"{call.pattern!r} is not a union or intersection of patterns separable by axis"
     return None
 
@@ -55,14 +56,29 @@ def computed_pairs(call: Call) -> int:
     if isinstance(call.pattern, Blocks):
         size = math.prod(_block_sizes(call.pattern.block, call.k_grid))
         return math.prod(call.pattern.block_grid(call.q_grid)) * size * size * call.pattern.table.shape[-1]
-    plan = plan_of(call)
-    return plan.computed_pairs if plan else call.queries * call.keys
+    pairs = _plan_pairs(*_plan_key(call))
+    return call.queries * call.keys if pairs is None else pairs
 
 
 def plan_of(call: Call) -> TilePlan | None:
-    table = None if call.table is None else (call.table.pattern.spec, tuple(map(int, call.table.table.shape[1:])))
-    grids = (tuple(map(int, g)) for g in (call.q_grid, call.k_grid, call.q_start))
-    return tile_plan(call.pattern.spec, *grids, call.zeros, table)
+    return tile_plan(*_plan_key(call))
+
+
+def _plan_key(call: Call) -> tuple:
+    table = None if call.table is None else (call.table.pattern.spec, _ints(call.table.table.shape[1:]))
+    return call.pattern.spec, _ints(call.q_grid), _ints(call.k_grid), _ints(call.q_start), tuple(map(_ints, call.zeros)), table
+
+
+def _ints(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as plain numbers: a compiled graph is specialised to its grid."""
+    return tuple(operator.index(n) for n in sizes)
+
+
+@torch.compiler.assume_constant_result
+def _plan_pairs(spec: str, q_grid, k_grid, q_start, zeros, table) -> int | None:
+    """Pairs a plan computes, None where there is no plan. A graph under trace sees the number, not the planning."""
+    plan = tile_plan(spec, q_grid, k_grid, q_start, zeros, table)
+    return None if plan is None else plan.computed_pairs
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +141,7 @@ class Chunk:
     """Tiles that run at once: rows of their ``queries (n, tq)`` and ``keys (n, tk)``.
 
     ``mask`` is additive and broadcasts to ``(n, heads, tq, tk)``; ``blind (n, tq)`` marks queries that see nothing;
-    ``offsets (n, tq, tk)`` index the flattened bias table.
+    ``offsets (n, tq, tk)`` index the flattened bias table; ``causal`` tiles show their lower triangle.
     """
 
     queries: Index
@@ -133,6 +149,7 @@ class Chunk:
     mask: Tensor | None
     blind: Tensor | None
     offsets: Tensor | None
+    causal: bool = False
 
 
 class GroupTables:
@@ -148,6 +165,7 @@ class GroupTables:
         self.blind = None if group.blind is None else torch.from_numpy(group.blind).to(device)
         self.row = group.row
         self.tokens = (plan.queries, plan.keys)
+        self.causal = plan.causal
         self._masks: dict[tuple, Tensor] = {}
         self._indices: dict[tuple, tuple[Index, Index]] = {}
 
@@ -321,9 +339,12 @@ def _static_chunk(
     mask = group.mask(first, last, items, problem.q.rows.dtype) if bias is None else each(bias)
     blind = None if group.blind is None else each(group.blind)
     offsets = None if group.offsets is None else each(group.offsets)
+    causal = group.causal and problem.valid is None
     if problem.valid is not None:
+        if group.causal:
+            mask = _triangle(problem.q.tokens, problem.k.tokens, problem.q.rows)
         mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.q.rows.dtype)
-    return Chunk(queries, keys, mask, blind, offsets)
+    return Chunk(queries, keys, mask, blind, offsets, causal)
 
 
 def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -404,10 +425,17 @@ def _full_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if mask is None else mask.expand(-1, -1, q.shape[2], k.shape[2])
 
 
-def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _triangle(queries: int, keys: int, like: Tensor) -> Tensor:
+    """The mask of causal tiles, for where the fused operator cannot make it."""
+    return torch.full((1, 1, queries, keys), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
+
+
+def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)`` (any value where a query sees nothing)."""
+    if causal and not _fused(q):
+        mask = _triangle(q.shape[2], k.shape[2], q)
     if _fused(q):
-        return _FUSED(q, k, v, attn_mask=_full_mask(mask, q, k), scale=scale)
+        return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
     scores = torch.matmul(q, k.transpose(-2, -1)) * scale
     if mask is not None:
         scores = scores + mask
@@ -418,14 +446,17 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 def _attend_tiles_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
-    scale: float, need_scores: bool,
+    causal: bool, scale: float, need_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and, where needed, of the biased scores.
 
     ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part.
     """
-    if _fused(q) and grad_lse is None and not need_scores:
-        grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, False, attn_mask=_full_mask(mask, q, k), scale=scale)
+    fused = _fused(q) and grad_lse is None and not need_scores
+    if causal and not fused:
+        mask = _triangle(q.shape[2], k.shape[2], q)
+    if fused:
+        grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)
     scores = torch.matmul(q, k.transpose(-2, -1)).mul_(scale)
     if mask is not None:
@@ -529,7 +560,7 @@ def _forward(problem: Problem, chunks: Iterator[Chunk]) -> tuple[Tensor, Tensor]
         q = problem.q.gather(chunk.queries, heads, width)
         k = problem.k.gather(chunk.keys, heads, width)
         v = problem.v.gather(chunk.keys, heads, width)
-        tile_out, tile_lse = _attend_tiles(q, k, v, chunk.mask, problem.scale)
+        tile_out, tile_lse = _attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
         if chunk.blind is not None:
             tile_out = tile_out.masked_fill(chunk.blind[:, None, :, None], 0.0)
             tile_lse = tile_lse.masked_fill(chunk.blind[:, None], -torch.inf)
@@ -625,7 +656,7 @@ def _backward(
         lse = lse_rows[chunk.queries.base :][chunk.queries.rows].transpose(1, 2)
         grad_lse = None if grad_lse_rows is None else grad_lse_rows[chunk.queries.base :][chunk.queries.rows].transpose(1, 2)
         dq, dk, dv, scores = _attend_tiles_backward(
-            grad, grad_lse, q, k, v, out, lse, chunk.mask, problem.scale, grad_table is not None
+            grad, grad_lse, q, k, v, out, lse, chunk.mask, chunk.causal, problem.scale, grad_table is not None
         )
         if chunk.blind is not None:
             dq = dq.masked_fill(chunk.blind[:, None, :, None], 0.0)
@@ -709,7 +740,7 @@ def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
     if isinstance(call.pattern, Blocks):
         return dense.run(call)
     plan = plan_of(call)
-    if plan is None or not plan.parts:
+    if plan is None or plan.causal or not plan.parts:
         return dense.run(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
     valid = None if call.valid is None else call.valid.flatten(1)

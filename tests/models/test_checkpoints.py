@@ -1,0 +1,202 @@
+"""Checkpoints: every layout reads and writes, and what does not fit is said, not swallowed."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from regard import create_model, load_checkpoint
+from regard.models import export_state_dict, save_checkpoint
+from regard.models.checkpoints import TRANSFORMS, Layout, Rule
+
+NARROW = {"dim": 8, "head_dim": 4, "depths": (2, 1, 1, 1), "num_classes": 3}
+MODELS = {
+    "swin_tiny_patch4_window7_224": ("official", "timm"),
+    "nat_base": ("official",),
+    "dinat_s_tiny": ("official",),
+    "biformer_tiny": ("official",),
+    "biformer_stl": ("official",),
+}
+
+
+def make(name, **options):
+    return create_model(name, **NARROW | options)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(n, layout) for n, known in MODELS.items() for layout in ("regard", *known)])
+def test_what_a_layout_writes_it_reads_back_exactly(name, layout):
+    model, other = make(name), make(name)
+    written = export_state_dict(model, layout)
+    assert len(written) == len(model.state_dict())
+    assert layout == "regard" or written.keys() != model.state_dict().keys()
+    assert load_checkpoint(other, written) == layout
+    assert same(model.state_dict(), other.state_dict())
+    assert same(export_state_dict(other, layout), written)
+
+
+def test_isotropic_names_round_trip():
+    options = {"dim": 8, "head_dim": 4, "depth": 3, "num_classes": 3}
+    model, other = create_model("nat_isotropic_small", **options), create_model("nat_isotropic_small", **options)
+    written = export_state_dict(model, "official")
+    assert "layers.2.attn.rpb" in written
+    assert load_checkpoint(other, written) == "official"
+    assert same(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_invert(name):
+    shape = {"query_minus_key_table": (25, 3), "conv1x1": (6, 4, 1, 1)}[name]
+    theirs = torch.randn(shape)
+    ours = TRANSFORMS[name].read(theirs)
+    assert torch.equal(TRANSFORMS[name].write(ours), theirs)
+
+
+def test_a_query_minus_key_table_is_mirrored():
+    theirs = torch.randn(9, 2)
+    ours = TRANSFORMS["query_minus_key_table"].read(theirs)
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):  # key minus query
+            assert torch.equal(ours[:, down + 1, right + 1], theirs[(1 - down) * 3 + (1 - right)])
+
+
+def test_rules_shift_numbers_both_ways_and_the_first_match_wins():
+    layout = Layout("x", (Rule("a.{i}.special", "b.{i}.own"), Rule("a.{i}.{name}", "b.{i+1}.{j}.{name}".replace("{j}.", ""))))
+    assert layout.read("a.10.special") == ("b.10.own", None)
+    assert layout.read("a.10.deep.weight") == ("b.11.deep.weight", None)
+    assert layout.write("b.11.deep.weight") == ("a.10.deep.weight", None)
+    assert layout.write("b.0.deep.weight") is None
+    assert layout.read("ab.1.weight") is None
+
+
+@pytest.mark.parametrize("wrap", [lambda d: {"model": d}, lambda d: {"state_dict": {f"module.{k}": v for k, v in d.items()}}])
+def test_nested_and_prefixed_dictionaries_are_opened(wrap):
+    model, other = make("nat_base"), make("nat_base")
+    load_checkpoint(other, wrap(export_state_dict(model, "official")) | {"epoch": 3})
+    assert same(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_files_load_under_any_layout(tmp_path, suffix):
+    model, path = make("swin_tiny_patch4_window7_224"), tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        save_checkpoint(model, path, layout="timm")
+        assert load_file(path).keys() == export_state_dict(model, "timm").keys()
+    else:
+        torch.save({"model": export_state_dict(model, "timm"), "epoch": 1}, path)
+    loaded = make("swin_tiny_patch4_window7_224", pretrained=path)
+    assert same(model.state_dict(), loaded.state_dict())
+    on_meta = make("swin_tiny_patch4_window7_224", device="meta")
+    load_checkpoint(on_meta, str(path))
+    image = torch.randn(1, 3, 40, 48)
+    assert torch.equal(on_meta.eval()(image), model.eval()(image))
+
+
+def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("regard.models.checkpoints.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(nn.Linear(2, 2), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_any_module_saves_and_loads_its_own_names(tmp_path):
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_checkpoint(first, tmp_path / "linear.safetensors")
+    assert load_checkpoint(second, tmp_path / "linear.safetensors") == "regard"
+    assert same(first.state_dict(), second.state_dict())
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed_and_nothing_is_loaded():
+    model = make("nat_base")
+    weights = export_state_dict(make("nat_base"), "official")
+    weights["levels.9.strange"] = weights.pop("norm.bias")
+    weights["head.weight"] = torch.zeros(7, 64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(model, weights)
+    message = str(error.value)
+    assert "missing: norm.bias" in message
+    assert "unexpected: levels.9.strange" in message
+    assert "head.weight (7, 64) instead of (3, 64)" in message
+    assert "'official'" in message
+    assert same(before, model.state_dict())
+
+
+def test_a_checkpoint_of_another_family_does_not_load():
+    with pytest.raises(ValueError, match="missing: .*unexpected: "):
+        load_checkpoint(make("nat_base"), export_state_dict(make("biformer_tiny"), "official"))
+
+
+def test_a_new_classifier_is_kept_only_when_asked_for(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    published = make("nat_base")
+    save_checkpoint(published, path, layout="official")
+    model = make("nat_base", num_classes=9, pretrained=path)
+    assert model.head.weight.shape == (9, 64)
+    assert torch.equal(model.norm.weight, published.norm.weight)
+    assert torch.equal(model.stages[3].blocks[0].mlp.op.fc1.weight, published.stages[3].blocks[0].mlp.op.fc1.weight)
+    with pytest.raises(ValueError, match=re.escape("head.weight (3, 64) instead of (9, 64)")):
+        load_checkpoint(make("nat_base", num_classes=9), path)
+    headless = make("nat_base", num_classes=0, pretrained=path)
+    assert torch.equal(headless.norm.weight, published.norm.weight)
+
+
+@pytest.mark.parametrize("layout", ["regard", "official", "timm"])
+def test_cut_backbones_load_whole_checkpoints(layout):
+    model = make("swin_tiny_patch4_window7_224").eval()
+    cut = make("swin_tiny_patch4_window7_224", features_only=True, out_indices=(1, 2)).eval()
+    assert load_checkpoint(cut, export_state_dict(model, layout)) == layout
+    image = torch.randn(1, 3, 56, 40)
+    for ours, whole in zip(cut(image), model.get_intermediate_layers(image, (1, 2), reshape=True), strict=True):
+        assert torch.equal(ours, whole)
+
+
+def test_unreadable_files_say_so(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        load_checkpoint(model, tmp_path / "none.pth")
+    for name in ("cut.safetensors", "cut.pth"):
+        (tmp_path / name).write_bytes(b"not a checkpoint")
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_checkpoint(model, tmp_path / name)
+    with pytest.raises(ValueError, match="no tensors"):
+        load_checkpoint(model, {"epoch": 3})
+    with pytest.raises(ValueError, match="safetensors"):
+        save_checkpoint(model, tmp_path / "weights.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a checkpoint ran code')",))
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    torch.save({"model": Payload()}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
+    for name in ("evil.pth", "evil.pkl"):
+        with pytest.raises(ValueError, match="plain data"):
+            load_checkpoint(nn.Linear(2, 2), tmp_path / name)
+
+
+def test_layouts_a_model_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="'timm' for Backbone; it has regard, official"):
+        export_state_dict(make("nat_base"), "timm")
+    with pytest.raises(ValueError, match="it has regard$"):
+        export_state_dict(make("nat_base", mixer="criss_cross"), "official")
+    unnamed = make("nat_base")
+    unnamed.register_buffer("extra", torch.zeros(1))
+    with pytest.raises(ValueError, match="layout 'official' has no names for extra"):
+        export_state_dict(unnamed, "official")

@@ -1,0 +1,57 @@
+"""Models by name: errors that help, and options that reach the table."""
+
+import pytest
+
+from regard import create_model, list_models
+from regard.models import ModelCard, model_card, register_models
+
+SWIN = "swin_tiny_patch4_window7_224"
+NARROW = {"dim": 8, "head_dim": 4, "depths": (1, 1)}
+
+
+def test_unknown_names_bring_the_nearest_ones():
+    with pytest.raises(ValueError, match="unknown model 'dinat_tinny'; did you mean .*dinat_tiny"):
+        create_model("dinat_tinny")
+
+
+def test_unknown_options_bring_the_ones_that_exist():
+    with pytest.raises(ValueError, match="has no option kernel; its table takes dim, depths, dilations, .*kernel_size"):
+        create_model("nat_mini", kernel=3)
+
+
+def test_patterns_select_names():
+    assert list_models("swin_large*384") == ["swin_large_patch4_window12_384"]
+    assert list_models("nothing*") == []
+    assert list_models() == sorted(list_models())
+
+
+def test_names_are_registered_once():
+    card = model_card("nat_mini")
+    with pytest.raises(ValueError, match="registered already"):
+        register_models([ModelCard("nat_mini", card.table, card.arxiv, 0, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": True}, "nothing is downloaded"),
+        ({"out_indices": (0,)}, "out_indices goes with features_only"),
+        ({"features_only": True, "out_indices": (5,)}, r"stages are 0 to 1.*got \[5\]"),
+        ({"features_only": True, "out_indices": ()}, "stages are 0 to 1"),
+        ({"mixer": "windows"}, "unknown mixer 'windows'; did you mean window"),
+        ({"mixer": ("window", {"dim": 4})}, "dim and heads are the model's"),
+        ({"mixer": 7}, "mixer must be a name"),
+        ({"mixer": []}, "at least one"),
+        ({"pad": "reflect"}, "pad must be 'mask', 'token' or 'timm'; got 'reflect'"),
+        ({"drop_path_rate": 1.0}, "drop path rate must be in"),
+        ({"num_classes": -1}, "num_classes must be at least 0; got -1"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(SWIN, **NARROW, **options)
+
+
+def test_a_path_that_does_not_exist_is_told():
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        create_model(SWIN, **NARROW, pretrained="nowhere.safetensors")
