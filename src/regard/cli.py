@@ -185,7 +185,7 @@ def models(
     if not cards:
         raise ValueError(f"no model matches {pattern!r}; `regard models` lists all")
     rows: list[dict[str, Any]] = [
-        {"name": card.name, "params": card.params, "gmacs": card.gflops, "size": card.input_size, "arxiv": card.arxiv}
+        {"name": card.name, "params": card.params, "gmacs": card.gmacs, "size": card.input_size, "arxiv": card.arxiv}
         for card in cards
     ]
     if as_json:

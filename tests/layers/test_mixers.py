@@ -459,6 +459,29 @@ def test_autocast_stays_close_to_float32(name, arguments):
         assert ((ours.float() - exact).norm() / exact.norm()).item() < 2e-2
 
 
+@pytest.mark.parametrize("name", list_mixers())
+def test_compiled_whole_equals_eager_with_gradients(name):
+    mixer = random_mixer(name)
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 9, 8, 16, dtype=torch.float64, requires_grad=True)
+    y = mixer(x)
+    wanted = torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])
+    z = compiled(x)
+    assert_same(z, y)
+    for ours, expected in zip(torch.autograd.grad(z.square().sum(), [x, *mixer.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_exported_program_equals_the_module(name):
+    mixer = random_mixer(name)
+    x = torch.randn(2, 9, 8, 16, dtype=torch.float64)
+    program = torch.export.export(mixer, (x,)).module()
+    other = torch.randn_like(x)
+    assert_same(program(other), mixer(other))
+
+
 @pytest.mark.parametrize(("name", "arguments"), MIXERS, ids=ids)
 def test_context_equal_to_the_input_changes_nothing(name, arguments):
     mixer = random_mixer(name, **{**arguments, **({"recurrence": 1} if name == "criss_cross" else {})})

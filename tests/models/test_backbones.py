@@ -203,27 +203,6 @@ def test_every_mixer_takes_the_device():
         assert all(p.is_meta for p in model.parameters()), mixer
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# compile and export
-
-
-@pytest.mark.parametrize("family", ["swin", "dinat", "biformer"])
-def test_compiles_without_graph_breaks(family):
-    model = make(family, depths=(1, 1, 1, 1) if family == "biformer" else (2, 1)).eval()
-    image = torch.randn(2, 3, 61, 44)
-    with torch.no_grad():
-        expected = model(image)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), expected)
-
-
-@pytest.mark.parametrize("family", ["swin", "dinat", "biformer"])
-def test_exports_to_one_graph(family):
-    model = make(family, depths=(1, 1, 1, 1) if family == "biformer" else (2, 1)).eval()
-    image = torch.randn(2, 3, 61, 44)
-    exported = torch.export.export(model, (image,))
-    torch.testing.assert_close(exported.module()(image), model(image))
-
-
 def test_the_table_options_of_every_family_are_keywords_with_defaults():
     for name in list_models():
         parameters = inspect.signature(model_card(name).table).parameters.values()

@@ -10,12 +10,12 @@ NARROW = {"dim": 8, "head_dim": 4, "depths": (1, 1)}
 
 
 def test_unknown_names_bring_the_nearest_ones():
-    with pytest.raises(ValueError, match="unknown model 'dinat_tinny'; did you mean .*dinat_tiny"):
+    with pytest.raises(ValueError, match=r"unknown model 'dinat_tinny'; did you mean .*dinat_tiny"):
         create_model("dinat_tinny")
 
 
 def test_unknown_options_bring_the_ones_that_exist():
-    with pytest.raises(ValueError, match="has no option kernel; its table takes dim, depths, dilations, .*kernel_size"):
+    with pytest.raises(ValueError, match=r"has no option kernel; its table takes dim, depths, dilations, .*kernel_size"):
         create_model("nat_mini", kernel=3)
 
 

@@ -1,6 +1,6 @@
 """Backbones by name, with timm's outside: any input size, any token mixer, any published checkpoint."""
 
-from . import biformer, nat, swin
+from . import biformer, compact, nat, swin
 from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, StageSpec, count_parameters
 from .checkpoints import export_state_dict, load_checkpoint, save_checkpoint
 from .registry import ModelCard, create_model, list_models, model_card, register_models
@@ -13,6 +13,7 @@ __all__ = [
     "ModelCard",
     "StageSpec",
     "biformer",
+    "compact",
     "count_parameters",
     "create_model",
     "export_state_dict",

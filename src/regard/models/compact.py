@@ -52,8 +52,9 @@ def compact(
 
 
 _PAPER = "2103.14030"
+_SMALL = partial(compact, dim=64, depths=(2, 4, 2), head_dim=32, drop_path=0.1)
 
 register_models([
-    ModelCard("compact_nano", partial(compact), _PAPER, 0, 0.0, 64),
-    ModelCard("compact_small", partial(compact, 64, (2, 4, 2), head_dim=32, drop_path=0.1), _PAPER, 0, 0.0, 64),
+    ModelCard("compact_nano", partial(compact), _PAPER, 383_464, 0.0154, 64),
+    ModelCard("compact_small", _SMALL, _PAPER, 2_088_744, 0.0942, 64),
 ])  # fmt: skip

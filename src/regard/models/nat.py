@@ -177,12 +177,12 @@ _S_LARGE = partial(dinat_s, dim=192, depths=_SWIN_DEEP, drop_path=0.35)
 _ISO_BASE = partial(nat_isotropic, dim=768, drop_path=0.4)
 
 
-def _nat(name: str, table: partial[BackboneSpec], params: int, gflops: float) -> ModelCard:
-    return ModelCard(name, table, "2204.07143", params, gflops)
+def _nat(name: str, table: partial[BackboneSpec], params: int, gmacs: float) -> ModelCard:
+    return ModelCard(name, table, "2204.07143", params, gmacs)
 
 
-def _dinat(name: str, table: partial[BackboneSpec], params: int, gflops: float, input_size: int = 224) -> ModelCard:
-    return ModelCard(name, table, "2209.15001", params, gflops, input_size)
+def _dinat(name: str, table: partial[BackboneSpec], params: int, gmacs: float, input_size: int = 224) -> ModelCard:
+    return ModelCard(name, table, "2209.15001", params, gmacs, input_size)
 
 
 register_models([

@@ -17,14 +17,14 @@ _CARDS: dict[str, ModelCard] = {}
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A published model.
+    """What is known of a model without building it.
 
     Args:
         name: what :func:`create_model` takes.
         table: makes its :class:`BackboneSpec`; keyword arguments change the published values.
         arxiv: the paper.
         params: learned values.
-        gflops: published multiply-adds for one image of ``input_size`` squared pixels, in 10^9.
+        gmacs: published multiply-adds (papers call them FLOPs) for one image of ``input_size`` squared pixels, in 10^9.
         input_size: of the published weights; any other works.
     """
 
@@ -32,7 +32,7 @@ class ModelCard:
     table: Callable[..., BackboneSpec]
     arxiv: str
     params: int
-    gflops: float
+    gmacs: float
     input_size: int = 224
 
 

@@ -125,8 +125,8 @@ _TINY, _SMALL = partial(swin), partial(swin, depths=_DEEP, drop_path=0.3)
 _BASE, _LARGE = partial(swin, dim=128, depths=_DEEP, drop_path=0.5), partial(swin, dim=192, depths=_DEEP)
 
 
-def _card(name: str, table: partial[BackboneSpec], params: int, gflops: float, input_size: int = 224) -> ModelCard:
-    return ModelCard(name, table, "2103.14030", params, gflops, input_size)
+def _card(name: str, table: partial[BackboneSpec], params: int, gmacs: float, input_size: int = 224) -> ModelCard:
+    return ModelCard(name, table, "2103.14030", params, gmacs, input_size)
 
 
 register_models([

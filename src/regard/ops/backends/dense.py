@@ -5,6 +5,8 @@ Cost: all pairs of queries and keys, whatever the pattern; the mask and the bias
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out = F.scaled_dot_product_attention(
         q, k, v,
         attn_mask=_full(mask if bias is None else bias, call),
-        dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1],
+        dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=operator.index(q.shape[1] // k.shape[1]) > 1,
     )  # fmt: skip
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)

@@ -1,0 +1,154 @@
+"""What every system of the catalog promises: the shared contract, over the rows of systems.csv.
+
+A property that a system really lacks stands in the row's ``exempt``: ``property: reason``, several separated by ``;``.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage import data
+from torch import Tensor, nn
+
+from regard import list_models
+
+PROPERTIES = ("gradients", "batch", "bfloat16", "state_dict", "compile", "export", "seed", "errors")
+COLUMNS = ["id", "slug", "name", "title", "arxiv", "year", "kind", "area", "entry", "sizes", "exempt"]
+
+
+@cache
+def catalog() -> list[dict[str, str]]:
+    with resources.files("regard").joinpath("systems.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@cache
+def photo() -> Tensor:
+    """An odd-sized real image (3, 61, 83), standardised."""
+    image = torch.from_numpy(data.astronaut()).movedim(-1, 0)[None].float()
+    image = F.interpolate(image, (61, 83), mode="bilinear", antialias=True)[0]
+    return (image - image.mean()) / image.std()
+
+
+def photos(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Two different images (2, 3, 61, 83)."""
+    return torch.stack([photo(), photo().flip(-1)]).to(dtype)
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same as tokens (2, 15, 20, 48): patches of 4 x 4 pixels."""
+    patches = F.unfold(photos(dtype)[..., :60, :80], 4, stride=4)
+    return patches.unflatten(-1, (15, 20)).movedim(1, -1)
+
+
+def backbone(row: dict[str, str], **options) -> nn.Module:
+    """The first published size, narrow and shallow."""
+    narrow = {"dim": 16, "head_dim": 8, "num_classes": 5, "depths": (2, 1, 1, 1), "drop_path_rate": 0.0}
+    return resolve_name(row["entry"])(row["sizes"].split()[0], **narrow, **options)
+
+
+def mixer(row: dict[str, str], **options) -> nn.Module:
+    return resolve_name(row["entry"])(48, 4, **options)
+
+
+KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
+    "backbone": (backbone, photos),
+    "mixer": (mixer, tokens),
+}
+
+
+def exempt(row: dict[str, str]) -> dict[str, str]:
+    return dict(part.strip().split(": ", 1) for part in row["exempt"].split(";") if part.strip())
+
+
+def systems(name: str) -> pytest.MarkDecorator:
+    """All rows that promise a property: how to build the system and what to give it."""
+    rows = [row for row in catalog() if name not in exempt(row)]
+    cases = [pytest.param(partial(KINDS[row["kind"]][0], row), KINDS[row["kind"]][1], id=row["slug"]) for row in rows]
+    return pytest.mark.parametrize(("build", "inputs"), cases)
+
+
+def test_rows_are_complete_and_unique():
+    rows = catalog()
+    assert all(list(row) == COLUMNS and None not in row.values() for row in rows)
+    for column in ("id", "slug"):
+        values = [row[column] for row in rows]
+        assert len(set(values)) == len(values)
+    assert [int(row["id"]) for row in rows] == sorted(int(row["id"]) for row in rows)
+    for row in rows:
+        assert row["kind"] in KINDS, row
+        assert callable(resolve_name(row["entry"]))
+        assert set(exempt(row)) <= set(PROPERTIES)
+        assert all(exempt(row).values())
+        assert Path(__file__).with_name(f"test_{row['slug']}.py").is_file()
+        if row["kind"] == "backbone":
+            assert set(row["sizes"].split()) <= set(list_models())
+
+
+@systems("gradients")
+def test_every_parameter_gets_a_finite_gradient(build, inputs):
+    model = build().train()
+    model(inputs()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@systems("batch")
+def test_images_of_a_batch_do_not_see_each_other(build, inputs):
+    model, x = build(dtype=torch.float64).eval(), inputs(torch.float64)
+    torch.testing.assert_close(model(x)[1:], model(x[1:]), rtol=1e-12, atol=1e-12)
+
+
+@systems("bfloat16")
+def test_bfloat16_stays_close_to_float32(build, inputs):
+    model = build().eval()
+    with torch.no_grad():
+        expected = model(inputs())
+        got = model.to(torch.bfloat16)(inputs(torch.bfloat16))
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() < 5e-2 * expected.norm()
+
+
+@systems("state_dict")
+def test_a_state_dict_carries_the_model(build, inputs):
+    first, second = build().eval(), build().eval()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(inputs()), second(inputs()))
+
+
+@systems("compile")
+def test_compiles_without_graph_breaks(build, inputs):
+    model = build().eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(inputs()), model(inputs()))
+
+
+@systems("export")
+def test_exports_to_one_graph(build, inputs):
+    model = build().eval()
+    exported = torch.export.export(model, (inputs(),))
+    torch.testing.assert_close(exported.module()(inputs()), model(inputs()))
+
+
+@systems("seed")
+def test_a_seed_decides_everything(build, inputs):
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(build().train()(inputs()))
+    assert torch.equal(*outputs)
+
+
+@systems("errors")
+def test_bad_input_is_told_what_was_given_and_what_is_allowed(build, inputs):
+    model = build()
+    with pytest.raises(ValueError, match=r"expected .*got \("):
+        model(inputs()[0, 0])
