@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,7 @@ def options(
 @app.command()
 def demo(
     out: Out = Path("regard-report"),
-    epochs: Annotated[int | None, typer.Option(help="Of each mixer; by default 20, or as many as fit.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of each mixer; by default 16, or as many as fit.", min=1)] = None,
     minutes: Annotated[float, typer.Option(help="Training takes at most about this long, if no epochs are given.")] = 4.0,
     seed: Seed = 0,
     runs: Runs = Path("regard-runs"),
@@ -63,7 +64,7 @@ def demo(
     console = Console(highlight=False)
     chosen = _device(device)
     report = run_demo(out, epochs=epochs, minutes=minutes, seed=seed, runs=runs, fresh=fresh, device=chosen,
-                      progress=console.is_terminal, tell=console.print)  # fmt: skip
+                      progress=console.is_terminal, tell=_teller(console))  # fmt: skip
     _say_where(console, report)
 
 
@@ -92,9 +93,13 @@ def compare(
     report = compare_on(
         data, mixers, model=model, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, size=size, limit=limit,
         seed=seed, out=out, runs=runs, fresh=fresh, device=chosen, workers=workers, progress=console.is_terminal,
-        tell=console.print,
+        tell=_teller(console),
     )  # fmt: skip
     _say_where(console, report)
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, soft_wrap=True, markup=False)
 
 
 def _say_where(console: Console, report: Path) -> None:

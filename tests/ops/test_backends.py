@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from regard import attend
 from regard.ops import patterns as P
+from regard.ops import tiles
 from regard.ops.call import HeadTable
 
 from .cases import Case, assert_equal, cases, results
@@ -24,7 +25,8 @@ def claims(case: Case, backend: str) -> bool:
         with torch.no_grad():
             case.run(case.tensors(torch.float32), backend, return_lse=False)
     except ValueError as error:
-        assert "cannot run this call" in str(error)
+        if "cannot run this call" not in str(error):
+            raise
         return False
     return True
 
@@ -101,9 +103,7 @@ def test_tiled_gradcheck(pattern):
 @pytest.mark.parametrize("grid", [(40, 40), (31, 37)])
 def test_tiled_equals_reference_where_tiles_come_in_many_chunks(grid, monkeypatch):
     """Chunks of the real buffer size hold all of a test's grid; a small buffer walks every boundary between chunks."""
-    from regard.ops.backends import tiled
-
-    monkeypatch.setattr(tiled, "BUFFER", 1 << 14)
+    monkeypatch.setattr(tiles, "BUFFER", 1 << 14)
     case = Case(grid, P.Neighborhood(5, dilation=2), heads=2, kv_heads=1, batch=2, table=True)
     expected = results(case, "reference", torch.float32, False, exact=True)
     assert_equal(results(case, "tiled", torch.float32, False), expected, 1e-5)

@@ -15,6 +15,7 @@ from regard import attend
 from regard.ops import patterns as P
 from regard.ops.dispatch import BACKENDS
 from regard.ops.planning import Plan
+from regard.ops.tiling import tile_plan
 
 from . import naive
 from .cases import Case, cases
@@ -56,8 +57,6 @@ def test_flops_of_tiles_equal_those_torch_counts(case):
 
 def test_computed_pairs_of_tiles_are_all_visited_once():
     """A tile computes queries times keys: counted from the index tables of the plan."""
-    from regard.ops.tiling import tile_plan
-
     plan = tile_plan("Neighborhood(5)", (9, 8), (9, 8), (0, 0), ((0, 0), (0, 0)))
     visited = torch.zeros(72, 72, dtype=torch.long)
     for part in plan.parts:

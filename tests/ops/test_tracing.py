@@ -13,7 +13,8 @@ from regard.ops.backends import tiled
 
 STATIC = (
     "dense", "causal", "window(4)", "window(3, shift=1)", "neighborhood(3)", "neighborhood(5, dilation=2, stride=2)",
-    "neighborhood(3, border='zero')", "halo(3, 1)", "grid(3)", "axis(0)", "axis(0) | axis(1)", "perhead({window(3): 1, dense: 1})",
+    "neighborhood(3, border='zero')", "halo(3, 1)", "grid(3)", "axis(0)", "axis(0) | axis(1)",
+    "perhead({window(3): 1, dense: 1})",
 )  # fmt: skip
 
 
@@ -70,8 +71,7 @@ def test_compiles_where_one_tensor_is_query_key_and_value():
 
 def test_compiles_by_the_default_compiler():
     def function(q, k, v, table):
-        bias = P.Neighborhood(3)
-        y = attend(q, k, v, bias)
+        y = attend(q, k, v, P.Neighborhood(3))
         return y + attend(q, k, v, P.Blocks(table, 4)) + attend(q, [Source(k, v, "window(4)"), Source(k, v, "grid(2)")])
 
     inputs = qkv(grad=True)
@@ -143,11 +143,11 @@ def test_exported_program_takes_routed_blocks():
 
 
 SAMPLES = {
-    "neighborhood": dict(spec="Neighborhood(3)"),
-    "window with bias": dict(spec="Window(4)", table=(2, 7, 7), bias_spec="Window(4)"),
-    "halo with zero keys": dict(spec="Halo(3, 1)", zeros=[1, 1, 1, 2]),
-    "blocks": dict(spec="", blocks=True, block=[4, 4]),
-    "a key mask": dict(spec="Axis(0)", valid=True),
+    "neighborhood": {"spec": "Neighborhood(3)"},
+    "window with bias": {"spec": "Window(4)", "table": (2, 7, 7), "bias_spec": "Window(4)"},
+    "halo with zero keys": {"spec": "Halo(3, 1)", "zeros": [1, 1, 1, 2]},
+    "blocks": {"spec": "", "blocks": True, "block": [4, 4]},
+    "a key mask": {"spec": "Axis(0)", "valid": True},
 }
 
 

@@ -87,7 +87,7 @@ def photo_crops(
     *,
     names: Sequence[str] = tuple(PHOTOGRAPHS),
     repeats: int = 8,
-    across: int = 5,
+    across: int = 4,
     seed: int = 0,
     least_contrast: float = 8.0,
 ) -> VisionData:

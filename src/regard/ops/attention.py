@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .call import Bias, Call, Source, break_up
+from .call import Bias, Group, Source, break_up, starts
 from .dispatch import run
 from .merging import merge
 from .observe import OBSERVERS, Record
@@ -72,15 +72,12 @@ def attend(
     need_lse = return_lse or sink is not None or len(sources) > 1
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=dropout, need_lse=need_lse)
     if OBSERVERS:
-        calls = [call for group in broken for _, call in group]
-        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-        sink_logits = None if sink is None else torch.as_tensor(sink, dtype=kind, device=q.device)
-        start = tuple(q_start) if isinstance(q_start, (tuple, list)) else (q_start,) + (0,) * (q.ndim - 4)
-        record = Record(q, sources, calls, calls[0].scale, sink_logits, start)
-        for observer in OBSERVERS:
-            observer(record)
-    parts = [_assemble(q, group, backend) for group in broken]
-    out, lse = parts[0] if len(parts) == 1 else merge([o for o, _ in parts], [s for _, s in parts])
+        _notify(q, sources, broken, sink, starts(q, q_start))
+    results = [_assemble(q, group, backend) for group in broken]
+    if not need_lse:
+        return results[0][0]
+    lses = [lse for _, lse in results if lse is not None]
+    out, lse = merge([out for out, _ in results], lses) if len(results) > 1 else (results[0][0], lses[0])
     if sink is not None:
         logit = torch.as_tensor(sink, dtype=lse.dtype, device=lse.device)
         out = out * torch.sigmoid(lse - logit).unsqueeze(-1).to(out.dtype)
@@ -88,18 +85,30 @@ def attend(
     return (out, lse) if return_lse else out
 
 
-def _assemble(q: Tensor, group: list[tuple[tuple[int, ...] | None, Call]], backend: str) -> tuple[Tensor, Tensor | None]:
+def _notify(
+    q: Tensor, sources: Sequence[Source], broken: list[Group], sink: Tensor | float | None, start: tuple[int, ...]
+) -> None:
+    calls = [call for group in broken for _, call in group]
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    logits = None if sink is None else torch.as_tensor(sink, dtype=kind, device=q.device)
+    record = Record(q, sources, calls, calls[0].scale, logits, start)
+    for observer in OBSERVERS:
+        observer(record)
+
+
+def _assemble(q: Tensor, group: Group, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run the calls of one source and put the heads they cover together."""
-    results = []
-    for heads, call in group:
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for _, call in group:
         out, lse = run(call, backend)
-        out = out.reshape(*q.shape[:-2], *out.shape[-2:])
-        results.append((heads, out, None if lse is None else lse.reshape(out.shape[:-1])))
-    if len(results) == 1 and results[0][0] is None:
-        return results[0][1], results[0][2]
-    covered = [head for heads, _, _ in results for head in heads or ()]
-    out = torch.cat([o for _, o, _ in results], -2)
-    lse = None if results[0][2] is None else torch.cat([s for _, _, s in results], -1)
+        outs.append(out.reshape(*q.shape[:-2], *out.shape[-2:]))
+        if lse is not None:
+            lses.append(lse.reshape(outs[-1].shape[:-1]))
+    if len(group) == 1 and group[0][0] is None:
+        return outs[0], lses[0] if lses else None
+    covered = [head for heads, _ in group for head in heads or ()]
+    out, lse = torch.cat(outs, -2), torch.cat(lses, -1) if lses else None
     total = q.shape[-2]
     if covered == list(range(total)):
         return out, lse

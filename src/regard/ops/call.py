@@ -25,8 +25,11 @@ class TableBias(Protocol):
     Entry ``extent`` of an axis (its middle) is offset 0, where ``2 * extent + 1`` is the size of that axis.
     """
 
-    table: Tensor
-    pattern: Pattern
+    @property
+    def table(self) -> Tensor: ...
+
+    @property
+    def pattern(self) -> Pattern: ...
 
 
 Bias = Tensor | TableBias
@@ -148,9 +151,18 @@ class Call:
         return self.table.table.flatten(1)[:, index][None]
 
 
+Group = list[tuple[tuple[int, ...] | None, Call]]
+"""The calls that compute one source, each with the query heads it covers (None for all)."""
+
+
+def starts(q: Tensor, q_start: int | Sequence[int]) -> tuple[int, ...]:
+    """The coordinates of the first query; a number is meant for the first axis of the grid."""
+    return (q_start,) + (0,) * (q.ndim - 4) if isinstance(q_start, int) else tuple(q_start)
+
+
 def break_up(
     q: Tensor, sources: Sequence[Source], *, scale: float | None, q_start: int | Sequence[int], dropout: float, need_lse: bool
-) -> list[list[tuple[tuple[int, ...] | None, Call]]]:
+) -> list[Group]:
     """For each source, the calls that compute it and the query heads each of them covers (None for all)."""
     if q.ndim < 4:
         raise ValueError(f"q must be (batch, *grid, heads, head_dim) with at least one grid axis; got {tuple(q.shape)}")
@@ -183,7 +195,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
     valid = source.valid
     if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) not in {k.shape[:-2], (1, *k.shape[1:-2])}):
         raise ValueError(f"valid must be boolean {tuple(k.shape[:-2])}; got {valid.dtype} {tuple(valid.shape)}")
-    start = tuple(q_start) if isinstance(q_start, (tuple, list)) else (q_start,) + (0,) * (q.ndim - 4)
+    start = starts(q, q_start)
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
         dropout=dropout, need_lse=need_lse, device=q.device,

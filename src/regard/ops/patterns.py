@@ -97,9 +97,7 @@ class Pattern:
 
     def rank(self) -> int | None:
         """The grid rank the pattern is made for, or None for any."""
-        ranks = {
-            len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), tuple) and f.metadata.get("axes", True)
-        }
+        ranks = {len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), tuple) and f.metadata.get("axes", True)}
         if len(ranks) > 1:
             raise ValueError(f"{self!r} mixes per-axis arguments of different lengths")
         return ranks.pop() if ranks else None
@@ -765,9 +763,7 @@ class Clusters(_Routed):
     def __post_init__(self):
         for labels in (self.labels, self.key_labels):
             if labels is not None and (labels.ndim not in (2, 3) or labels.is_floating_point()):
-                raise ValueError(
-                    f"labels must be integers (batch, [heads,] tokens); got {labels.dtype} {tuple(labels.shape)}"
-                )
+                raise ValueError(f"labels must be integers (batch, [heads,] tokens); got {labels.dtype} {tuple(labels.shape)}")
 
     def rank(self):
         return None
@@ -896,9 +892,7 @@ def _build(node: ast.expr) -> Pattern:
         if len(call.args) != 1 or not isinstance(call.args[0], ast.Dict):
             raise ValueError("PerHead takes a dict from patterns to numbers of heads")
         groups = call.args[0]
-        return PerHead(
-            tuple((_build(k), ast.literal_eval(v)) for k, v in zip(groups.keys, groups.values, strict=True) if k)
-        )
+        return PerHead(tuple((_build(k), ast.literal_eval(v)) for k, v in zip(groups.keys, groups.values, strict=True) if k))
     arguments = [ast.literal_eval(a) for a in call.args]
     return _CONSTRUCTORS[name](*arguments, **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
 

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -64,8 +64,8 @@ class TileGroup:
         """Classes by queries ``(classes, tq)``: True where a query sees nothing; None where none does."""
         if self.mask is None:
             return None
-        blind = ~self.mask.any(-1)
-        return blind if blind.any() else None
+        blind = np.logical_not(self.mask.any(-1))
+        return np.asarray(blind) if blind.any() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,9 @@ def tile_plan(
         size = tile or _cheapest(build)
         groups = [build[a](size[a]) for a in range(rank)]
         if all(groups):  # an axis on which nothing is visible empties the part
-            plans.append(tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups)))
+            plans.append(
+                tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups))
+            )
             chosen.append(size)
     padded = (n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True))
     return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(padded))
@@ -144,7 +146,7 @@ def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, fir
     start, count, step = (np.broadcast_to(np.asarray(x), (queries,)).astype(np.int64) for x in window)
     step_size = int(step[0])
 
-    @lru_cache(maxsize=None)
+    @cache
     def build(size: int) -> list[AxisTiles]:
         tiles = []  # (query indices, first key, past the last key, residue)
         even = []  # whether all queries of the tile see the same keys

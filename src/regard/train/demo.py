@@ -18,7 +18,7 @@ from .fitting import Recipe
 from .report import write_report
 
 MODEL = "compact_nano"
-DEMO_RECIPE = Recipe(epochs=20, learning_rate=3e-3)
+DEMO_RECIPE = Recipe(epochs=16, learning_rate=3e-3)
 DEMO_PHOTOGRAPH = "chelsea"
 DEMO_QUERIES = ((0.44, 0.33), (0.82, 0.70))
 COMPARE_QUERIES = ((0.5, 0.5), (0.25, 0.25))
@@ -45,7 +45,7 @@ def demo(
 
     Args:
         out: folder of the report.
-        epochs: of each; by default 20, or as many as fit.
+        epochs: of each; by default 16, or as many as fit.
         minutes: training may take this long altogether; ignored if ``epochs`` is given.
         size, repeats: see :func:`regard.data.photo_crops`.
         seed: of everything random.

@@ -128,15 +128,16 @@ def fit(
     Returns:
         The trained module with its ``history``.
     """
+    train, val = loaders(data, recipe, workers)
     module = Classifier(
         model,
         len(data.classes),
+        recipe.epochs * len(train),
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         label_smoothing=recipe.label_smoothing,
     )
-    train, val = loaders(data, recipe, workers)
     every_step = ModelCheckpoint(folder, "last", every_n_train_steps=checkpoint_every, enable_version_counter=False)
     every_epoch = ModelCheckpoint(
         folder, "last", every_n_epochs=1, save_on_train_epoch_end=False, enable_version_counter=False

@@ -20,6 +20,8 @@ class Classifier(L.LightningModule):
     Args:
         model: images in, logits out.
         num_classes: of the logits.
+        steps: of the whole training. Not asked of the trainer: that sets up the loaders before a checkpoint is restored, and
+            their position in the epoch would be lost.
         learning_rate: at the end of the warm-up.
         weight_decay: for matrices and kernels; norms, biases and what ``model.no_weight_decay()`` names have none.
         warmup: share of the steps.
@@ -30,6 +32,7 @@ class Classifier(L.LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
+        steps: int,
         *,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.05,
@@ -38,6 +41,7 @@ class Classifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.steps = steps
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.label_smoothing = warmup, label_smoothing
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -95,8 +99,7 @@ class Classifier(L.LightningModule):
         others = [p for name, p in self.model.named_parameters() if p.ndim <= 1 or name in exempt]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, self.steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -159,8 +159,8 @@ def _raster(call: Call, pattern: Pattern) -> Mask:
     return mask
 
 
-def _combined(call: Call, pattern: Union | Intersection) -> Mask:
-    members = [_make(call, m) for m in pattern.members]
+def _combined(call: Call, pattern: Pattern) -> Mask:
+    members = [_make(call, m) for m in pattern.members]  # type: ignore[attr-defined]  # a union or an intersection
     union = isinstance(pattern, Union)
 
     def mask(b, h, q_idx, kv_idx):

@@ -40,5 +40,5 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     weights = F.dropout(weights, call.dropout)
     v = call.v.flatten(1, -3).to(weights.dtype).repeat_interleave(call.heads // call.v.shape[-2], 2)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
-    lse = lse.transpose(1, 2).unflatten(1, call.q_grid) if call.need_lse else None
-    return out.unflatten(1, call.q_grid), lse
+    rows = lse.transpose(1, 2).unflatten(1, call.q_grid) if call.need_lse else None
+    return out.unflatten(1, call.q_grid), rows

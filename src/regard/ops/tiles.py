@@ -1,0 +1,380 @@
+"""Tiles at run time: index tables on a device, rows gathered into tiles, and the chunks of tiles that run at once.
+
+A tensor ``(batch, tokens, heads, dim)`` is a table of rows ``(batch * tokens, heads * dim)``; a tile is a set of its rows.
+What the plans of :mod:`regard.ops.tiling` say in numpy becomes tensors here, once per plan and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tile_attention import triangle
+from .tiling import TileGroup, TilePlan
+
+BUFFER = 1 << 19
+"""Elements of the keys gathered at once, per thread: small enough for the caches, large enough to amortise the calls."""
+
+
+@dataclass
+class Index:
+    """Rows of tiles ``(n, t)``, relative to row ``base``.
+
+    Where together they are a contiguous range of rows, each once, ``span`` is that range and ``inverse`` the tile row that
+    belongs to each of its rows: putting tiles back is then a gather too, which is faster than a scatter. Where row ``(i, j)``
+    is ``first + i * across + j * along``, ``steps`` is ``(first, across, along)`` and the tiles are a view.
+    """
+
+    rows: Tensor
+    base: int
+    span: tuple[int, int] | None = None
+    inverse: Tensor | None = None
+    steps: tuple[int, int, int] | None = None
+
+    def put(self, target: Tensor, tiles: Tensor) -> None:
+        """Write tile rows ``(n * t, width)`` to the rows of ``target`` they came from."""
+        if self.inverse is None or self.span is None:
+            target[self.base :].index_copy_(0, self.rows.reshape(-1), tiles)
+        else:
+            first, last = self.span
+            torch.index_select(tiles, 0, self.inverse, out=target[self.base + first : self.base + last])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The tiles ``(n, t, width)`` of a table of rows."""
+        return rows[self.base :][self.rows]
+
+    def add(self, target: Tensor, tiles: Tensor) -> None:
+        """Add tile rows ``(n * t, width)`` to the rows of ``target`` they came from; a row may stand in several tiles."""
+        target[self.base :].index_add_(0, self.rows.reshape(-1), tiles)
+
+
+@dataclass
+class Chunk:
+    """Tiles that run at once: rows of their ``queries (n, tq)`` and ``keys (n, tk)``.
+
+    ``mask`` is additive and broadcasts to ``(n, heads, tq, tk)``; ``blind (n, tq)`` marks queries that see nothing;
+    ``offsets (n, tq, tk)`` index the flattened bias table; ``causal`` tiles show their lower triangle.
+    """
+
+    queries: Index
+    keys: Index
+    mask: Tensor | None
+    blind: Tensor | None
+    offsets: Tensor | None
+    causal: bool = False
+
+
+class GroupTables:
+    """The index tables of a tile group on a device, and what is derived from them, made once."""
+
+    def __init__(self, group: TileGroup, plan: TilePlan, device: torch.device) -> None:
+        self.queries = torch.from_numpy(group.queries).to(device)
+        self.keys = torch.from_numpy(group.keys).to(device)
+        self.kinds = torch.from_numpy(group.kinds).to(device)
+        self.kind_names = group.kinds.astype(np.int32)
+        self.offsets = None if group.offsets is None else torch.from_numpy(group.offsets).to(device)
+        self.visible = None if group.mask is None else torch.from_numpy(group.mask).to(device)
+        self.blind = None if group.blind is None else torch.from_numpy(group.blind).to(device)
+        self.row = group.row
+        self.tokens = (plan.queries, plan.keys)
+        self.causal = plan.causal
+        self._masks: dict[tuple, Tensor] = {}
+        self._indices: dict[tuple, tuple[Index, Index]] = {}
+
+    def mask(self, first: int, last: int, items: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask ``(items * (last - first), 1, tq, tk)`` of a range of tiles; equal ranges share one tensor."""
+        if self.visible is None:
+            return None
+        key = (self.kind_names[first:last].tobytes(), items, dtype)
+        if key not in self._masks:
+            if len(self._masks) >= 64:
+                self._masks.clear()
+            visible = self.visible[self.kinds[first:last]][:, None]
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+            self._masks[key] = mask.repeat(items, 1, 1, 1)
+        return self._masks[key]
+
+    def indices(self, first: int, last: int, items: int) -> tuple[Index, Index]:
+        """Rows of the queries and keys of a range of tiles in the first ``items`` batch items."""
+        key = (first, last, items)
+        if key not in self._indices:
+            self._indices[key] = tuple(
+                _analysed(_over_items(table[first:last], items, tokens))
+                for table, tokens in zip((self.queries, self.keys), self.tokens, strict=True)
+            )  # type: ignore[assignment]  # two of them
+        return self._indices[key]
+
+
+def _over_items(table: Tensor, items: int, tokens: int) -> Tensor:
+    if items == 1:
+        return table
+    return (torch.arange(items, device=table.device)[:, None, None] * tokens + table).flatten(0, 1)
+
+
+def _analysed(rows: Tensor) -> Index:
+    steps = _steps(rows)
+    flat = rows.reshape(-1)
+    first, last = int(flat.min()), int(flat.max()) + 1
+    if last - first == len(flat):
+        inverse = torch.full((last - first,), -1, dtype=torch.long, device=flat.device)
+        inverse[flat - first] = torch.arange(len(flat), device=flat.device)
+        if bool((inverse >= 0).all()):
+            return Index(rows, 0, (first, last), inverse, steps)
+    return Index(rows, 0, steps=steps)
+
+
+def _steps(rows: Tensor) -> tuple[int, int, int] | None:
+    n, t = rows.shape
+    first = int(rows[0, 0])
+    across = int(rows[1, 0]) - first if n > 1 else 0
+    along = int(rows[0, 1]) - first if t > 1 else 0
+    if across < 0 or along < 0:
+        return None
+    line = torch.arange(n, device=rows.device)[:, None] * across + torch.arange(t, device=rows.device) * along
+    return (first, across, along) if torch.equal(rows, line + first) else None
+
+
+@lru_cache(maxsize=256)
+def tables_of(plan: TilePlan, device: torch.device) -> tuple[tuple[GroupTables, ...], ...]:
+    """The tables of each part of a plan."""
+    return tuple(tuple(GroupTables(group, plan, device) for group in part) for part in plan.parts)
+
+
+def _ranges(tiles: int, row: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about ``limit`` tiles that are whole rows, or whole fractions of one, so that masks repeat."""
+    if limit >= row:
+        step = min(limit // row * row, tiles)
+    else:
+        step = math.ceil(row / math.ceil(row / limit))
+        for start in range(0, tiles, row):
+            for first in range(start, start + row, step):
+                yield first, min(first + step, start + row)
+        return
+    for first in range(0, tiles, step):
+        yield first, min(first + step, tiles)
+
+
+class Rows:
+    """Rows ``(batch * tokens, heads * dim)`` of a ``(batch, tokens, heads, dim)`` tensor, gathered into tiles."""
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        tensor = tensor.flatten(1, -3).to(dtype)
+        self.batch, self.tokens, self.heads, self.dim = tensor.shape
+        try:
+            self.rows = tensor.view(self.batch * self.tokens, self.heads * self.dim)
+        except RuntimeError:
+            self.rows = tensor.reshape(self.batch * self.tokens, self.heads * self.dim)
+        if self.rows.stride(1) != 1:  # an expanded gradient
+            self.rows = self.rows.contiguous()
+        self._buffer: Tensor | None = None
+
+    def gather(self, index: Index, heads: int, width: int) -> Tensor:
+        """``(n, heads, t, width)`` for rows ``(n, t)``: heads repeated to ``heads``, dim padded with zeros to ``width``."""
+        n, t = index.rows.shape
+        if index.steps is not None:
+            first, across, along = index.steps
+            tile = self.rows[index.base + first :].as_strided(
+                (n, t, self.heads, self.dim),
+                (across * self.rows.stride(0), along * self.rows.stride(0), self.dim, 1),
+            )
+        else:
+            tile = self._gathered(index.rows, index.base)
+        if heads != self.heads:
+            tile = tile.repeat_interleave(heads // self.heads, 2)
+        if width != self.dim:
+            tile = F.pad(tile, (0, width - self.dim))
+        return tile.transpose(1, 2)
+
+    def _gathered(self, rows: Tensor, base: int) -> Tensor:
+        n, t = rows.shape
+        if self._buffer is None or len(self._buffer) < n * t:
+            self._buffer = self.rows.new_empty(n * t, self.heads * self.dim)
+        buffer = self._buffer[: n * t]
+        torch.index_select(self.rows[base:], 0, rows.reshape(-1), out=buffer)
+        return buffer.view(n, t, self.heads, self.dim)
+
+
+def to_rows(tile: Tensor, heads: int, width: int) -> Tensor:
+    """``(n, heads, t, width)`` back to rows ``(n * t, heads * width)``, summing repeated heads, dropping padding."""
+    tile = tile.transpose(1, 2)[..., :width]
+    if tile.shape[2] != heads:
+        tile = tile.unflatten(2, (heads, -1)).sum(3)
+    return tile.reshape(-1, heads * width)
+
+
+@dataclass
+class Problem:
+    """The operands of one call as rows, and what its tiles need to know.
+
+    Where routed ``blocks`` differ per head, the heads are folded into the batch (``folded`` of them per batch item, else 1), so
+    that here ``blocks`` is always ``(batch or 1, query_blocks, listed)``.
+    """
+
+    q: Rows
+    k: Rows
+    v: Rows
+    scale: float
+    table: Tensor | None
+    valid: Tensor | None
+    blocks: Tensor | None
+    folded: int
+
+    @property
+    def heads(self) -> int:
+        return self.q.heads
+
+    @property
+    def width(self) -> int:
+        """The one head width of the fused operator."""
+        return max(self.q.dim, self.v.dim)
+
+    @property
+    def limit(self) -> int:
+        """Elements of keys to gather at once."""
+        return BUFFER * torch.get_num_threads() if self.q.rows.device.type == "cpu" else BUFFER * 64
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """``(batch, *grid, heads, dim)`` as ``(batch * heads, *grid, 1, dim)`` where heads are folded."""
+        return fold_heads(tensor, self.folded)
+
+    def unfold(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows back to the shape and dtype of ``like (batch, *grid, heads, dim)``, summing repeated heads."""
+        if self.folded > 1:
+            batch, heads = like.shape[0], like.shape[-2]
+            rows = rows.view(batch, heads, self.folded // heads, -1, like.shape[-1]).sum(2).transpose(1, 2)
+        return rows.reshape(like.shape).to(like.dtype).contiguous()
+
+
+def fold_heads(tensor: Tensor, heads: int) -> Tensor:
+    """``(batch, *grid, heads, dim)`` to ``(batch * heads, *grid, 1, dim)``, repeating up to ``heads``; 1 folds nothing."""
+    if heads == 1:
+        return tensor
+    tensor = tensor.repeat_interleave(heads // tensor.shape[-2], -2)
+    return tensor.movedim(-2, 1).flatten(0, 1).unsqueeze(-2)
+
+
+def pose(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, valid: Tensor | None, blocks: Tensor | None, scale: float
+) -> Problem:
+    """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64)."""
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    folded = q.shape[-2] if blocks is not None and blocks.shape[1] > 1 else 1
+    if blocks is not None:
+        blocks = blocks.expand(q.shape[0], -1, -1, -1).flatten(0, 1) if folded > 1 else blocks[:, 0]
+    if valid is not None:
+        valid = valid.expand(q.shape[0], *valid.shape[1:]).repeat_interleave(folded, 0)
+    q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind) for t in (q, k, v))
+    return Problem(q_rows, k_rows, v_rows, scale, None if table is None else table.to(kind), valid, blocks, folded)
+
+
+def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator[Chunk]:
+    """Chunks of one part of a static pattern."""
+    for group in tables:
+        tiles, tk = group.keys.shape
+        limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
+        bias = None
+        if problem.table is not None:
+            flat = problem.table.flatten(1)
+            bias = flat[:, group.offsets].transpose(0, 1)  # (classes, heads, tq, tk)
+            if group.visible is not None:
+                bias = bias.masked_fill(~group.visible[:, None], -torch.inf)
+        whole = max(1, limit // tiles)  # batch items at once
+        for item in range(0, problem.q.batch, whole):
+            items = min(whole, problem.q.batch - item)
+            for first, last in _ranges(tiles, group.row, limit):
+                yield _static_chunk(problem, group, bias, item, items, first, last)
+
+
+def _static_chunk(
+    problem: Problem, group: GroupTables, bias: Tensor | None, item: int, items: int, first: int, last: int
+) -> Chunk:
+    def each(values: Tensor) -> Tensor:
+        """Per class to per tile."""
+        if len(values) == 1:
+            return values.expand(items * (last - first), *values.shape[1:])
+        return values[group.kinds[first:last]].repeat(items, *[1] * (values.ndim - 1))
+
+    queries, keys = group.indices(first, last, items)
+    queries = replace(queries, base=item * problem.q.tokens)
+    keys = replace(keys, base=item * problem.k.tokens)
+    mask = group.mask(first, last, items, problem.q.rows.dtype) if bias is None else each(bias)
+    blind = None if group.blind is None else each(group.blind)
+    offsets = None if group.offsets is None else each(group.offsets)
+    causal = group.causal and problem.valid is None
+    if problem.valid is not None:
+        if group.causal:
+            mask = triangle(problem.q.tokens, problem.k.tokens, problem.q.rows)
+        mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.q.rows.dtype)
+    return Chunk(queries, keys, mask, blind, offsets, causal)
+
+
+def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Restrict a mask to valid keys ``(n, tk)``; also tells which queries are left with none."""
+    hidden = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)[:, None, None]
+    mask = hidden if mask is None else mask + hidden
+    return mask, (mask == -torch.inf).all(-1).all(1)
+
+
+def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int], k_grid: Sequence[int]) -> Iterator[Chunk]:
+    """Chunks of routed blocks."""
+    blocks = problem.blocks
+    assert blocks is not None
+    q_tokens, q_real = _block_tokens(tuple(q_grid), tuple(block), blocks.device)
+    k_tokens, k_real = _block_tokens(tuple(k_grid), tuple(block), blocks.device)
+    batch, number, listed = blocks.shape
+    ordered = blocks.sort(-1).values
+    ordered[..., 1:].masked_fill_(ordered[..., 1:] == ordered[..., :-1], -1)  # a block listed twice counts once
+    tq, tk = q_tokens.shape[1], listed * k_tokens.shape[1]
+    limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
+    uneven = not bool(q_real.all())
+    for item in range(problem.q.batch):
+        table = ordered[item % batch if batch > 1 else 0]
+        for first in range(0, number, limit):
+            some = table[first : first + limit]
+            keys = k_tokens[some.clamp(min=0)].flatten(1)  # (n, tk)
+            seen = (k_real[some.clamp(min=0)] & (some >= 0)[..., None]).flatten(1)
+            if problem.valid is not None:
+                seen = seen & problem.valid.reshape(problem.q.batch, -1)[item][keys]
+            queries = q_tokens[first : first + limit]
+            if uneven:
+                yield from _uneven(queries, q_real[first : first + limit], keys, seen, item, problem)
+            else:
+                yield _routed_chunk(queries, keys, seen, item, problem, tq)
+
+
+def _uneven(queries: Tensor, real: Tensor, keys: Tensor, seen: Tensor, item: int, problem: Problem) -> Iterator[Chunk]:
+    """Partial blocks at the end of the grid, by their number of queries."""
+    sizes = real.sum(1)
+    for size in sizes.unique().tolist():
+        of = sizes == size
+        chosen = queries[of][real[of]].view(-1, size)
+        yield _routed_chunk(chosen, keys[of], seen[of], item, problem, size)
+
+
+def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, problem: Problem, tq: int) -> Chunk:
+    mask = blind = None
+    if not bool(seen.all()):
+        mask, _ = _with_valid(None, seen, problem.q.rows.dtype)
+        blind = ~seen.any(1, keepdim=True).expand(-1, tq)
+        mask = mask.expand(-1, 1, tq, -1)
+    return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind, None)
+
+
+@lru_cache(maxsize=64)
+def _block_tokens(grid: tuple[int, ...], block: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat tokens ``(blocks, block_tokens)`` of each block, and which of them lie in the grid (the others repeat one)."""
+    tokens, real = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)
+    for length, size in zip(grid, block, strict=True):
+        position = np.arange(-(-length // size) * size).reshape(-1, size)
+        inside = position < length
+        position = np.minimum(position, length - 1)
+        tokens = (tokens[:, None, :, None] * length + position[None, :, None, :]).reshape(len(tokens) * len(position), -1)
+        real = (real[:, None, :, None] & inside[None, :, None, :]).reshape(len(tokens), -1)
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(real).to(device)
