@@ -22,7 +22,7 @@ app = typer.Typer(
     help="Visual attention: every mechanism behind one front door.", add_completion=False, pretty_exceptions_enable=False
 )
 
-UsageError = typer.BadParameter.__mro__[1]  # typer brings its own click, or uses the installed one
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click, or uses the installed one
 
 Out = Annotated[Path, typer.Option(help="Folder of the report.")]
 Runs = Annotated[Path, typer.Option(help="Folder where runs are kept; the same settings go on where they stopped.")]
@@ -50,7 +50,7 @@ def options(
 def demo(
     out: Out = Path("regard-report"),
     epochs: Annotated[int | None, typer.Option(help="Of each mixer; by default 16, or as many as fit.", min=1)] = None,
-    minutes: Annotated[float, typer.Option(help="Training takes at most about this long, if no epochs are given.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Training takes at most about this long, if no epochs are given.")] = 3.5,
     seed: Seed = 0,
     runs: Runs = Path("regard-runs"),
     fresh: Fresh = False,
@@ -141,8 +141,7 @@ def _catalog() -> list[dict[str, str]]:
     file = importlib.resources.files("regard") / "systems.csv"
     if not file.is_file():
         raise FileNotFoundError("the catalog systems.csv is missing from this installation of regard")
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 @app.command()
@@ -156,7 +155,7 @@ def mixers(
     from .layers.mixers import create_mixer, list_mixers, mixer_class
     from .models import count_parameters
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list_mixers(pattern):
         text = sys.modules[mixer_class(name).__module__].__doc__ or ""
         flat = " ".join(text.split())
@@ -262,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments or ["--help"], prog_name="regard", standalone_mode=False)
     except UsageError as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]  # of click
+        _fail(error.format_message())
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ModuleNotFoundError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

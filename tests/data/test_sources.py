@@ -165,7 +165,10 @@ def another_class(path: Path) -> None:
         (broken_parquet, r"cannot read the parquet file .*train.parquet"),
         (unknown_label, r"label 2 of a training image is none of the 2 classes"),
         (another_class, r"class 'dog' is not among the training classes cat, cup, roof"),
-        (lambda path: (path / "only").mkdir(parents=True) or picture(0, 0).save(path / "only" / "a.png"), "no validation images"),
+        (
+            lambda path: (path / "only").mkdir(parents=True) or picture(0, 0).save(path / "only" / "a.png"),
+            "no validation images",
+        ),
         (lambda path: path.write_text("x"), r"expected a folder or a .parquet file"),
     ],
 )
@@ -181,9 +184,7 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (source / "cup" / "3.png").write_bytes(b"not a picture")
     data = load_data(source)
     with pytest.raises(ValueError, match=r"cannot read the image .*cup/3.png"):
-        for samples in (data.train, data.val):
-            for index in range(len(samples)):
-                samples[index]
+        [samples[index] for samples in (data.train, data.val) for index in range(len(samples))]
 
 
 def test_random_samples_depend_on_seed_epoch_and_index_only(tmp_path: Path) -> None:

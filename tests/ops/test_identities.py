@@ -312,7 +312,7 @@ def test_merge_stays_finite_where_one_part_is_empty():
 
 
 def test_sink_is_one_more_key_of_value_zero():
-    q, k, v = qkv(9)
+    q, k, v = (t.requires_grad_() for t in qkv(9))
     sink = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
     for backend in BACKENDS:
         out, lse = attend(q, k, v, "neighborhood(3)", sink=sink, return_lse=True, backend=backend)
@@ -322,9 +322,12 @@ def test_sink_is_one_more_key_of_value_zero():
         expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1)[..., :-1], v)
         close(out, expected)
         close(lse, logits.logsumexp(-1).transpose(1, 2))
-        (left,) = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), sink)
-        (right,) = torch.autograd.grad(expected.sin().sum() + logits.logsumexp(-1).cos().sum(), sink)
-        close(left, right)
+        inputs = (q, k, v, sink)
+        found = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), inputs)
+        for left, right in zip(
+            found, torch.autograd.grad(expected.sin().sum() + logits.logsumexp(-1).cos().sum(), inputs), strict=True
+        ):
+            close(left, right)
 
 
 def test_union_and_intersection_are_set_operations():

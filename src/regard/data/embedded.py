@@ -110,7 +110,7 @@ def photo_crops(
     parts: dict[bool, tuple[list[Tensor], list[int]]] = {True: ([], []), False: ([], [])}
     for label, name in enumerate(names):
         grey = to_grey(photograph(name).float())
-        boxes = cells(*grey.shape, across)
+        boxes = cells(grey.shape[0], grey.shape[1], across)
         columns = sum(box[0] == 0 for box in boxes)
         for index, (top, left, bottom, right) in enumerate(boxes):
             cell = grey[top:bottom, left:right]  # cut first: resizing must not mix neighbouring cells
@@ -128,6 +128,7 @@ def photo_crops(
         val=Samples(val, size, views=VIEWS, normalise="sample"),
         classes=tuple(names),
         size=size,
-        description=f"From which of {len(names)} photographs is this {size}x{size} crop? Grey levels, mean and contrast removed; "
-        f"{len(train)} cells of the photographs are trained on, {len(val)} other cells are held out.",
+        description=f"From which of {len(names)} photographs is this crop of {size}×{size} pixels, in grey, with its mean and "
+        f"contrast removed? {len(train)} cells of the photographs are trained on, {len(val)} others are held out and seen at "
+        f"{len(VIEWS)} positions each.",
     )

@@ -68,6 +68,7 @@ class ImageSet:
 
     def _decode(self, index: int) -> Tensor:
         item = self.items[index]
+        assert not isinstance(item, Tensor)  # those are decoded
         name = str(item) if isinstance(item, Path) else f"{self.origin}, image {index}"
         return decode_image(item, name, self.size)
 

@@ -52,20 +52,21 @@ class ResumableLoader(DataLoader):
         super().__init__(
             dataset, batch_size, sampler=sampler, drop_last=len(sampler) >= batch_size, generator=torch.Generator(), **options
         )
+        self.keys = sampler
         self._start = self._given = 0
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator, where torch promises its own class
         # a generator: it begins at the first batch, after Lightning has told the sampler the epoch
         self._given, self._start = self._start, 0
-        self.sampler.skip = self._given * self.batch_size
+        self.keys.skip = self._given * (self.batch_size or 1)
         for batch in super().__iter__():
             self._given += 1
             yield batch
-        self.sampler.skip = 0
+        self.keys.skip = 0
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the batches given of it; Lightning stores this in its checkpoints."""
-        return {"epoch": self.sampler.epoch, "given": self._given % len(self)}
+        return {"epoch": self.keys.epoch, "given": self._given % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.epoch, self._start = state["epoch"], state["given"]
+        self.keys.epoch, self._start = state["epoch"], state["given"]

@@ -78,7 +78,7 @@ def load_data(
         classes=tuple(classes),
         size=size,
         description=f"{Path(spec).name}: {len(classes)} classes, {len(images[0])} training and {len(images[1])} validation "
-        f"images of {size}x{size}.",
+        f"images of {size}×{size}.",
     )
 
 

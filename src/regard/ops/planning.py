@@ -150,12 +150,12 @@ def plan(
     with torch.set_grad_enabled(training):
         source = Source(k, v, pattern, bias=table)
         (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
-        plans = [plan_call(replace(call, device=torch.device(device)), backend) for _, call in group]
+        plans = [_planned(replace(call, device=torch.device(device)), backend) for _, call in group]
     return plans[0] if len(plans) == 1 else _joined(plans, pattern)
 
 
-def plan_call(call: Call, backend: str = "auto") -> Plan:
-    """The plan of one call, as observers see it."""
+def _planned(call: Call, backend: str = "auto") -> Plan:
+    """The plan of one call whose queries start at the origin."""
     choice = choose(call, backend)
     module = BACKENDS[choice.backend]
     each = call.batch * call.heads

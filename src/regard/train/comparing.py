@@ -51,12 +51,16 @@ class Settings:
     workers: int = 0
 
     def build(self, contender: Contender) -> nn.Module:
-        """The backbone with this mixer; the weights depend on the recipe's seed."""
-        with torch.random.fork_rng(devices=[]):
+        """The backbone with this mixer. All contenders start from the same weights outside their mixers."""
+
+        def create(mixer: Any) -> nn.Module:
             torch.manual_seed(self.recipe.seed)
-            return create_model(
-                self.model, num_classes=len(self.data.classes), mixer=contender.choice, **self.table
-            )  # fmt: skip
+            return create_model(self.model, num_classes=len(self.data.classes), mixer=mixer, **self.table)
+
+        with torch.random.fork_rng(devices=[]):
+            model = create(contender.choice)
+            model.load_state_dict(model.state_dict() | create("identity").state_dict())
+        return model
 
     def folder(self, contender: Contender) -> Path:
         """Where the run of a mixer is kept: another folder for other settings, the same again for the same."""
@@ -84,9 +88,7 @@ class Outcome:
     model: nn.Module
 
 
-def compare(
-    settings: Settings, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None
-) -> list[Outcome]:
+def compare(settings: Settings, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None) -> list[Outcome]:
     """Train, or load, every contender and measure all of them side by side.
 
     Args:
@@ -183,28 +185,55 @@ def measure(outcomes: Sequence[Outcome], settings: Settings) -> None:
         model.cpu()
 
 
+def fastest_threads(settings: Settings) -> int:
+    """One thread, or as many as torch would use: what a training step of the first contender is faster with here.
+
+    On a machine that is busy with other work, many small parallel regions wait for each other.
+    """
+    usual = torch.get_num_threads()
+    if settings.device != "cpu" or usual == 1:
+        return usual
+    batch = next(iter(loaders(settings.data, settings.recipe)[0]))
+    model = settings.build(settings.contenders[0])
+    times = {}
+    try:
+        for threads in (usual, 1):
+            torch.set_num_threads(threads)
+            _training_step(model, batch)
+            start = time.perf_counter()
+            for _ in range(4):
+                _training_step(model, batch)
+            times[threads] = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(usual)
+    return min(times, key=lambda threads: times[threads])
+
+
 def epochs_that_fit(settings: Settings, seconds: float) -> int:
     """The recipe's epochs, or fewer if training all contenders that long would take more than ``seconds`` here.
 
-    Times a few steps and a validation batch of each contender; at least one epoch.
+    Times a few steps of each contender; at least one epoch.
     """
     total = 0.0
     for contender in settings.contenders:
         model = settings.build(contender).to(settings.device)
         train, val = loaders(settings.data, settings.recipe)
-        steps = 0.0
-        for index, (images, labels) in enumerate(train):
+        steps, count = 0.0, 0
+        for index, batch in enumerate(train):
             start = time.perf_counter()
-            logits = model(images.to(settings.device))
-            torch.nn.functional.cross_entropy(logits, labels.to(settings.device)).backward()
+            _training_step(model, [part.to(settings.device) for part in batch])
             if index > 0:  # the first one plans and allocates
-                steps += time.perf_counter() - start
-            if index == 4:
+                steps, count = steps + time.perf_counter() - start, count + 1
+            if count == 4:
                 break
-        per_step = steps / max(index, 1)
-        total += per_step * (len(train) + len(val) * 0.8)  # a validation batch: twice the samples, no backward pass
+        total += steps / max(count, 1) * (len(train) + 0.8 * len(val))  # validation: twice the samples, no backward pass
     overhead = 1.15  # the optimiser, the samples, checkpoints
-    return max(1, min(settings.recipe.epochs, int(seconds / (overhead * total))))
+    return max(1, min(settings.recipe.epochs, int(seconds / max(overhead * total, 1e-9))))
+
+
+def _training_step(model: nn.Module, batch: Sequence[Tensor]) -> None:
+    images, labels = batch
+    torch.nn.functional.cross_entropy(model(images), labels).backward()
 
 
 @dataclass(frozen=True)
@@ -216,9 +245,7 @@ class Look:
     weights: list[list[Tensor]]
 
 
-def look(
-    outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[float, float]]
-) -> list[Look]:
+def look(outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[float, float]]) -> list[Look]:
     """Capture the attention of the last block of each stage.
 
     Args:
@@ -235,7 +262,7 @@ def look(
             [found.weights[0][0].mean(0)[row].reshape(found.weights[0].shape[-2:]) for row in range(len(queries))]
             for found in last.values()
         ]
-        looks.append(Look(outcome.label, [name.replace("stages.", "stage ") for name in last], weights))
+        looks.append(Look(outcome.label, [f"stage {index + 1}" for index in range(len(last))], weights))
     return looks
 
 

@@ -110,9 +110,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     allowed: list[str] = []
     for cls in inspect.getmro(mixer_class(name)):  # type: ignore[arg-type]  # registered mixers are classes
         if "__init__" in vars(cls) and cls.__module__.startswith("regard."):
-            found = inspect.signature(cls.__init__).parameters.values()
+            found = inspect.signature(vars(cls)["__init__"]).parameters.values()
             allowed += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    allowed = [option for option in dict.fromkeys(allowed) if option not in ("self", "dim", "heads", "pattern", "device", "dtype")]
+    allowed = [
+        option for option in dict.fromkeys(allowed) if option not in ("self", "dim", "heads", "pattern", "device", "dtype")
+    ]
     unknown: Sequence[str] = [option for option in options if option not in allowed]
     if unknown:
         raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")

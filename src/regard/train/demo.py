@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import load_data, photo_crops, photograph, to_grey
-from .comparing import Settings, compare, epochs_that_fit, look
+from .comparing import Settings, compare, epochs_that_fit, fastest_threads, look
 from .contenders import DEMO, parse_mixer, parse_mixers
 from .fitting import Recipe
 from .report import write_report
@@ -31,7 +31,7 @@ def demo(
     out: Path = Path("regard-report"),
     *,
     epochs: int | None = None,
-    minutes: float = 4.0,
+    minutes: float = 3.5,
     size: int = 64,
     repeats: int = 8,
     seed: int = 0,
@@ -59,6 +59,7 @@ def demo(
     data = photo_crops(size, repeats=repeats, seed=seed)
     recipe = replace(DEMO_RECIPE, seed=seed, epochs=DEMO_RECIPE.epochs if epochs is None else epochs)
     settings = Settings(data, [parse_mixer(name) for name in DEMO], recipe, runs=runs, device=device)
+    torch.set_num_threads(fastest_threads(settings))
     remark = ""
     if epochs is None and not _started(settings):
         fitting = epochs_that_fit(settings, 60.0 * minutes)
@@ -147,5 +148,3 @@ def _started(settings: Settings) -> bool:
 
 def _resized(picture: Tensor, size: int) -> Tensor:
     return F.interpolate(picture[None], (size, size), mode="bicubic", antialias=True)[0]
-
-

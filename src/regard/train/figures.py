@@ -45,18 +45,18 @@ def pareto(outcomes: Sequence[Outcome]) -> str:
     points = [(o.numbers["latency_ms"], 100 * o.accuracy) for o in outcomes]
     front = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
     axes.plot(*zip(*front, strict=True), color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    span = max(x for x, _ in points) or 1.0
+    span = max(outcome.numbers["latency_high_ms"] for outcome in outcomes)
     for index, (outcome, (x, y)) in enumerate(zip(outcomes, points, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         low, high = outcome.numbers["latency_low_ms"], outcome.numbers["latency_high_ms"]
         axes.errorbar(x, y, xerr=[[x - low], [high - x]], color=colour, linewidth=1.2, zorder=2)
         axes.scatter([x], [y], s=70, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
-        right = x < 0.72 * span
+        right = x < 0.7 * span
         axes.annotate(
             outcome.label, (x, y), xytext=(9 if right else -9, 5), textcoords="offset points",
             ha="left" if right else "right", color=colour, fontweight="bold",
         )  # fmt: skip
-    axes.set_xlim(0, 1.12 * span)
+    axes.set_xlim(0, 1.05 * span)
     axes.margins(y=0.25)
     axes.set_xlabel("latency in ms per batch (quartiles)")
     axes.set_ylabel("accuracy in %")
@@ -94,7 +94,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
     shown = [one for one in looks if one.weights]
     stages = max(len(one.weights) for one in shown)
     columns, rows = stages * len(queries), len(shown)
-    figure, axes = _figure(1.32 * columns + 0.5, 1.38 * rows + 0.35, nrows=rows, ncols=columns, squeeze=False)
+    figure, axes = _figure(1.75 * columns + 0.4, 1.76 * rows + 0.3, nrows=rows, ncols=columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     picture = photo.permute(1, 2, 0).numpy()
     height, width = picture.shape[:2]
@@ -119,7 +119,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
                       markeredgecolor=MARK, markeredgewidth=1.4)  # fmt: skip
             if row == 0:
                 rows_columns = "×".join(map(str, weights.shape))
-                cell.set_title(f"{one.layers[stage]}, {rows_columns}", fontsize=7.5, color=QUIET)
+                cell.set_title(f"{one.layers[stage]}, {rows_columns} tokens", fontsize=8, color=QUIET)
         axes[row, 0].text(-0.06, 0.5, one.label, transform=axes[row, 0].transAxes, rotation=90, ha="right", va="center",
                           fontsize=9, fontweight="bold")  # fmt: skip
     buffer = io.BytesIO()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data import EpochSampler, ResumableLoader, VisionData
 from .module import Classifier
@@ -88,11 +89,11 @@ class NamedProgressBar(RichProgressBar):
         return metrics
 
 
-def loaders(data: VisionData, recipe: Recipe, workers: int = 0) -> tuple[ResumableLoader, ResumableLoader]:
+def loaders(data: VisionData, recipe: Recipe, workers: int = 0) -> tuple[ResumableLoader, DataLoader]:
     """Training and validation loaders; the validation samples come in a fixed order, all of them."""
     sampler = EpochSampler(len(data.train), recipe.seed)
     train = ResumableLoader(data.train, recipe.batch_size, sampler, num_workers=workers)
-    val = torch.utils.data.DataLoader(data.val, 2 * recipe.batch_size, num_workers=workers)
+    val = DataLoader(data.val, 2 * recipe.batch_size, num_workers=workers)
     return train, val
 
 

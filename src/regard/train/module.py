@@ -93,8 +93,8 @@ class Classifier(L.LightningModule):
         state = checkpoint["history"]
         self.history, self._train_loss, self._train_count = list(state["epochs"]), state["loss"], state["count"]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        exempt = getattr(self.model, "no_weight_decay", set)()
+    def configure_optimizers(self) -> Any:
+        exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
         decayed = [p for name, p in self.model.named_parameters() if p.ndim > 1 and name not in exempt]
         others = [p for name, p in self.model.named_parameters() if p.ndim <= 1 or name in exempt]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]

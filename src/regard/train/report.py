@@ -97,23 +97,23 @@ def write_report(
 
 
 def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | None, title: str, remark: str) -> str:
-    data, recipe = found["data"], found["recipe"]
+    data = found["data"]
     best = max(outcomes, key=lambda o: o.accuracy)
     fastest = min(outcomes, key=lambda o: o.numbers["latency_ms"])
-    doubt = _doubt(best.accuracy, data["held_out_images"])
+    doubt = _standard_error(best.accuracy, data["held_out_images"])
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="lead">{len(outcomes)} backbones that differ only in their token mixer, trained the same way from the same '
-        f"seed. Most accurate: <b>{html.escape(best.label)}</b> ({best.accuracy:.1%}). Fastest: "
+        f'<p class="lead">{_in_words(len(outcomes))} backbones that differ only in their token mixer, trained the same way '
+        f"from the same weights. Most accurate: <b>{html.escape(best.label)}</b> ({best.accuracy:.1%}). Fastest: "
         f"<b>{html.escape(fastest.label)}</b> ({fastest.numbers['latency_ms']:.1f} ms).</p>",
         f"<p>{html.escape(data['description'])}</p>",
         f'<p class="note">{html.escape(remark)}</p>' if remark else "",
         "<h2>What each mixer costs and gives</h2>",
         _table(outcomes, data["size"]),
-        f'<p class="note">Accuracy on held-out images; always answering one class gives {data["chance"]:.1%}. With one seed '
-        f"and {data['held_out_images']} held-out images, differences of less than about {doubt:.1%} say little. FLOPs count a "
-        "multiply-add as two and, in attention, the pairs that the pattern shows. Latency: median, the models taking turns. "
-        "Memory: the peak of all tensors allocated beyond the weights and the input.</p>",
+        f'<p class="note">Accuracy on held-out images; always answering one class gives {data["chance"]:.1%}. One seed, '
+        f"{data['held_out_images']} held-out images: the standard error of an accuracy is about {100 * doubt:.1f} points. "
+        "FLOPs count a multiply-add as two and, in attention, the pairs that the pattern shows. Latency: median, the models "
+        "taking turns. Memory: the peak of all tensors allocated beyond the weights and the input.</p>",
         '<div class="pair"><div><h2>Accuracy and latency</h2>',
         figures.pareto(outcomes),
         "</div><div><h2>Learning curves</h2>",
@@ -138,9 +138,14 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
     )
 
 
-def _doubt(accuracy: float, images: int) -> float:
-    """Two standard errors of a difference between two accuracies measured on this many independent images."""
-    return 2 * (2 * accuracy * (1 - accuracy) / images) ** 0.5
+def _in_words(number: int) -> str:
+    words = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+    return words[number] if number < len(words) else str(number)
+
+
+def _standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy measured on so many independent images."""
+    return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
 def _table(outcomes: Sequence[Outcome], size: int) -> str:

@@ -1,0 +1,161 @@
+"""A miniature of the main job: everything it promises is in the report, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from regard import lens
+from regard.data import photo_crops
+from regard.train import Recipe, Settings, parse_mixers
+from regard.train.comparing import compare, look, train_one
+from regard.train.contenders import DEMO
+
+LOADING = {"src", "href", "srcset", "data", "poster", "action", "xlink:href"}
+
+
+class Attributes(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in LOADING]
+
+
+def page(miniature) -> str:
+    return (miniature.folder / "report" / "index.html").read_text()
+
+
+def test_report_loads_nothing_from_outside(miniature) -> None:
+    parser = Attributes()
+    parser.feed(page(miniature))
+    assert parser.loaded
+    assert all(value.startswith(("data:", "#")) for value in parser.loaded), parser.loaded
+    assert not {"script", "iframe", "link rel=stylesheet"} & set(parser.tags)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", page(miniature))
+
+
+def test_report_has_table_plots_and_attention_maps(miniature) -> None:
+    text = page(miniature)
+    parser = Attributes()
+    parser.feed(text)
+    assert parser.tags.count("svg") == 2
+    assert "data:image/png;base64," in text
+    for label in ("dense", "window", "neighborhood", "bi-level routing"):
+        assert re.search(rf"<td>.*?{label}</td>", text)
+    for heading in ("accuracy", "params", "MFLOPs", "latency, ms", "memory, MB", "Learning curves", "looks at"):
+        assert heading in text
+    assert (miniature.folder / "report" / "attention-maps.png").stat().st_size < 400_000
+
+
+def test_results_hold_every_number_of_the_table(miniature) -> None:
+    found = json.loads((miniature.folder / "report" / "results.json").read_text())
+    assert [mixer["name"] for mixer in found["mixers"]] == list(DEMO)
+    assert found["recipe"]["seed"] == 0
+    assert {"regard", "torch", "python"} <= found["environment"].keys()
+    for mixer in found["mixers"]:
+        assert mixer["accuracy"] == mixer["history"][-1]["val_accuracy"]
+        assert [entry["epoch"] for entry in mixer["history"]] == [1, 2]
+        for number in ("parameters", "flops", "latency_ms", "training_bytes", "inference_bytes", "large_latency_ms"):
+            assert mixer[number] > 0
+    dense, *local = found["mixers"]
+    for mixer in local:  # the mechanisms under comparison are really in the models
+        assert mixer["large_attention_flops"] <= dense["large_attention_flops"] / 4
+
+
+def test_finished_runs_are_not_repeated(miniature) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (miniature.folder / "runs").rglob("*.safetensors")}
+    accuracies = [line.split(" after")[0] for line in miniature.told if "accuracy" in line]
+    again = miniature.again()
+    assert len(before) == len(DEMO)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert [line.split(" after")[0] for line in again.told if "accuracy" in line] == accuracies
+
+
+def settings(folder, **changes) -> Settings:
+    data = photo_crops(16, names=("chelsea", "coffee", "china"), repeats=1, across=3)
+    options = {"recipe": Recipe(epochs=1, batch_size=8), "runs": folder} | changes
+    return Settings(data, parse_mixers("window,multi_head"), **options)
+
+
+def test_other_settings_are_another_run(tmp_path) -> None:
+    base = settings(tmp_path)
+    window, dense = base.contenders
+    others = [
+        settings(tmp_path, recipe=Recipe(epochs=2, batch_size=8)).folder(window),
+        settings(tmp_path, recipe=Recipe(epochs=1, batch_size=8, seed=1)).folder(window),
+        settings(tmp_path, table={"depths": (1, 1)}).folder(window),
+        base.folder(dense),
+    ]
+    assert len({base.folder(window), *others}) == 5
+    assert settings(tmp_path).folder(window) == base.folder(window)
+
+
+def test_loaded_run_is_the_trained_model(tmp_path) -> None:
+    chosen = settings(tmp_path)
+    trained = train_one(chosen, chosen.contenders[0], progress=False)
+    loaded = train_one(chosen, chosen.contenders[0], progress=False)
+    assert loaded.history == trained.history
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
+
+
+def test_backbones_share_all_weights_but_those_of_the_mixer(tmp_path) -> None:
+    chosen = settings(tmp_path)
+    first, second = (chosen.build(contender).state_dict() for contender in chosen.contenders)
+    outside = [name for name in first if ".mixer.op." not in name]
+    assert outside == [name for name in second if ".mixer.op." not in name]
+    assert all(torch.equal(first[name], second[name]) for name in outside)
+
+
+def test_impossible_contender_costs_no_training(tmp_path) -> None:
+    data = photo_crops(16, names=("chelsea", "coffee"), repeats=1, across=3)
+    contenders = parse_mixers("window,bi_level_routing(regions=2,topk=9)")
+    chosen = Settings(data, contenders, Recipe(epochs=1), runs=tmp_path)
+    with pytest.raises(ValueError, match="topk"):
+        compare(chosen, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_look_gives_the_weights_of_the_query_at_that_place(tmp_path) -> None:
+    chosen = settings(tmp_path)
+    model = chosen.build(chosen.contenders[1]).eval()
+
+    class Named:
+        label = "dense"
+
+    one = Named()
+    one.model = model
+    image = torch.randn(3, 32, 32)
+    (found,) = look([one], image, [(0.5, 0.25), (0.0, 0.99)])
+    with torch.inference_mode(), lens.capture(model) as maps:
+        model(image[None])
+    assert found.layers == ["stage 1", "stage 2"]
+    for stage, weights in enumerate(found.weights):
+        full = next(m for m in reversed(list(maps)) if m.name.startswith(f"stages.{stage}."))
+        side = 8 // 2**stage
+        for row, (y, x) in zip(weights, [(side // 2, side // 4), (0, side - 1)], strict=True):
+            assert torch.allclose(row, full.weights[0][0].mean(0)[y * side + x], atol=1e-6)
+            assert abs(float(row.sum()) - 1) < 1e-5
+
+
+@pytest.mark.slow
+def test_on_the_demo_task_every_mixer_beats_no_mixing(tmp_path) -> None:
+    """Seed 0, 8 epochs of the demo's recipe on the demo's task: each is at least 3 points above the identity."""
+    from dataclasses import replace
+
+    from regard.train.demo import DEMO_RECIPE
+
+    recipe = replace(DEMO_RECIPE, epochs=8, seed=0)
+    chosen = Settings(photo_crops(64), parse_mixers(",".join(("identity", *DEMO))), recipe, runs=tmp_path)
+    accuracy = {c.name: train_one(chosen, c, progress=False).accuracy for c in chosen.contenders}
+    for name in DEMO:
+        assert accuracy[name] >= accuracy["identity"] + 0.03, accuracy
+        assert accuracy[name] >= 5 * chosen.data.chance, accuracy
