@@ -25,9 +25,8 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
     return int(left.value.code or 0), out, err
 
 
-def test_process_prints_the_version() -> None:
-    done = run("--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"regard {regard.__version__}\n", "")
+def test_version_is_printed(capsys) -> None:
+    assert called(capsys, "--version") == (0, f"regard {regard.__version__}\n", "")
 
 
 def test_process_says_an_error_in_one_line_and_exits_with_2() -> None:

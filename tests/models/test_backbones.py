@@ -67,6 +67,24 @@ def test_bfloat16_stays_close_to_float32(family):
 
 
 @family
+def test_autocast_trains_in_bfloat16_and_keeps_float32_parameters(family):
+    model = make(family, drop_path_rate=0.0)
+    image = torch.randn(2, 3, 61, 44)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(image)
+        loss = logits.float().square().sum()
+    loss.backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        expected = model.forward_features(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model.forward_features(image)
+    assert (got.float() - expected).norm() < 3e-2 * expected.norm()
+
+
+@family
 def test_maps_of_a_cut_backbone_are_those_of_the_whole(family):
     torch.manual_seed(3)
     whole = make(family).eval()

@@ -185,7 +185,7 @@ class Payload:
 
 def test_pickles_that_run_code_are_refused(tmp_path):
     torch.save({"model": Payload()}, tmp_path / "evil.pth")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(), protocol=2))
     for name in ("evil.pth", "evil.pkl"):
         with pytest.raises(ValueError, match="plain data"):
             load_checkpoint(nn.Linear(2, 2), tmp_path / name)

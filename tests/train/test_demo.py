@@ -146,6 +146,22 @@ def test_look_gives_the_weights_of_the_query_at_that_place(tmp_path) -> None:
             assert abs(float(row.sum()) - 1) < 1e-5
 
 
+def test_look_shows_all_calls_of_a_mixer_that_attends_twice(tmp_path) -> None:
+    chosen = settings(tmp_path)
+    (axial,) = parse_mixers("axial")
+
+    class Named:
+        label = "axial"
+
+    one = Named()
+    one.model = chosen.build(axial).eval()
+    (found,) = look([one], torch.randn(3, 32, 32), [(0.5, 0.25)])
+    seen = found.weights[0][0] > 0
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[4, :] = expected[:, 2] = True
+    assert torch.equal(seen, expected)
+
+
 @pytest.mark.slow
 def test_on_the_demo_task_every_mixer_beats_no_mixing(tmp_path) -> None:
     """Seed 0, 8 epochs of the demo's recipe on the demo's task: each is at least 3 points above the identity."""

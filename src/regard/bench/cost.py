@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops.call import Call, Source
 from ..ops.observe import OBSERVERS, Record
-from ..ops.patterns import Blocks, as_pattern, disjoint_parts, tensors_of
+from ..ops.patterns import as_pattern, tensors_of
 from ..ops.trail import Trail
 
 CHUNK = 1 << 24
@@ -31,46 +30,11 @@ CHUNK = 1 << 24
 
 def visible_pairs(call: Call) -> int:
     """Visible pairs of a query and a true key in a call, over all heads and batch items."""
-    pattern = call.pattern
-    if call.valid is None:
-        parts = disjoint_parts(pattern, call.rank)
-        if parts is not None:
-            return call.batch * call.heads * sum(_part_pairs(part, call) for part in parts)
-        if isinstance(pattern, Blocks):
-            return _block_pairs(pattern, call)
-    return _counted_pairs(call)
-
-
-def _part_pairs(part, call: Call) -> int:
-    """Pairs of a product of conditions: the product over axes of the pairs on each."""
-    pairs = 1
-    for axis, literals in enumerate(part):
-        start, length = call.q_start[axis], call.k_grid[axis]
-        q = np.arange(start, start + call.q_grid[axis])[:, None]
-        k = np.arange(length)[None]
-        seen = np.ones((len(q), length), dtype=bool)
-        for pattern, positive in literals:
-            seen &= pattern.axis_visible(axis, q, k, length, call.rank) == positive
-        pairs *= int(seen.sum())
-    return pairs
-
-
-def _block_pairs(pattern: Blocks, call: Call) -> int:
-    """Pairs of routed blocks: listed blocks, each counted once, times the tokens they hold."""
-
-    def tokens(grid: tuple[int, ...]) -> Tensor:
-        held = torch.ones(1, dtype=torch.long)
-        for axis, (n, blocks) in enumerate(zip(grid, pattern.block_grid(grid), strict=True)):
-            size = pattern.block[axis] if isinstance(pattern.block, tuple) else pattern.block
-            each = torch.tensor([min(size, n - i * size) for i in range(blocks)])
-            held = (held[:, None] * each).flatten()
-        return held
-
-    table = pattern.table4().cpu()
-    keys = tokens(call.k_grid)
-    listed = torch.zeros(*table.shape[:3], len(keys) + 1, dtype=torch.bool).scatter(-1, table.long() + 1, True)[..., 1:]
-    pairs = int(((listed * keys).sum(-1) * tokens(call.q_grid)).sum())
-    return pairs * (call.batch // table.shape[0]) * (call.heads // table.shape[1])
+    if call.valid is not None:
+        return _counted_pairs(call)
+    degree = call.pattern.degree(call.q_grid, call.k_grid, call.q_start)
+    lead = degree.shape[: degree.ndim - call.rank]
+    return int(degree.sum()) * (call.batch * call.heads // math.prod(lead))
 
 
 def _counted_pairs(call: Call) -> int:

@@ -238,7 +238,7 @@ def _training_step(model: nn.Module, batch: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What one mixer attends to: for each stage and query, the weights averaged over heads, ``(rows, columns)``."""
+    """What one mixer attends to: for each stage and query, the weights averaged over heads and calls, ``(rows, columns)``."""
 
     label: str
     layers: list[str]
@@ -257,11 +257,11 @@ def look(outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[flo
     for outcome in outcomes:
         with torch.inference_mode(), lens.capture(outcome.model, rows=list(queries)) as maps:
             outcome.model(image[None])
-        last = {found.name.split(".blocks.")[0]: found for found in maps if len(found.grid) == 2 and found.call == 0}
-        weights = [
-            [found.weights[0][0].mean(0)[row].reshape(found.weights[0].shape[-2:]) for row in range(len(queries))]
-            for found in last.values()
-        ]
+        last = {found.name.split(".blocks.")[0]: found.name for found in maps if len(found.grid) == 2}
+        weights = []
+        for name in last.values():
+            calls = torch.stack([found.weights[0][0].mean(0) for found in maps if found.name == name and len(found.grid) == 2])
+            weights.append(list(calls.mean(0)))
         looks.append(Look(outcome.label, [f"stage {index + 1}" for index in range(len(last))], weights))
     return looks
 

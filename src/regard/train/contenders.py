@@ -21,7 +21,7 @@ LABELS: dict[str, str] = {
 """How reports call mixers whose names do not read well."""
 
 USUAL: dict[str, MixerChoice] = {
-    "window": [("window", {"window_size": 4}), ("window", {"window_size": 4, "shift": 2})],
+    "window": [("window", {"window_size": 8}), ("window", {"window_size": 8, "shift": 4})],
     "bi_level_routing": ("bi_level_routing", {"regions": 4, "topk": 4}),
 }
 """What a name without options stands for where the mixer's defaults, made for large images, do not suit compact models."""

@@ -13,7 +13,7 @@ from .comparing import Look, Outcome
 
 COLOURS = ("#3d5a80", "#d1603d", "#3a8f6b", "#8a5fbf", "#c2992b", "#4aa3b5", "#b0476e", "#6b7280")
 INK, QUIET, LINES = "#1f2933", "#6b7785", "#e4e8ec"
-MARK = "#ff3b30"
+MARK = "#111111"
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
@@ -73,8 +73,9 @@ def curves(outcomes: Sequence[Outcome], chance: float) -> str:
         axes.plot(epochs, accuracies, color=colour, linewidth=1.8, marker="o", markersize=3, label=outcome.label)
     axes.axhline(100 * chance, color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate("chance", (1, 100 * chance), xytext=(0, 3), textcoords="offset points", color=QUIET, fontsize=8)
+    last = max(len(outcome.history) for outcome in outcomes)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(range(1, last + 1, max(1, last // 8)))
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy in %")
     axes.legend(frameon=False, loc="lower right")
@@ -112,7 +113,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
             cell.imshow(backdrop.clip(0, 1), extent=extent)
             cell.imshow(heat, cmap="inferno", alpha=np.where(weights > 0, 0.25 + 0.65 * heat, 0.0), extent=extent,
                         interpolation="nearest", vmin=0, vmax=1)  # fmt: skip
-            y, x = queries[number]
+            y, x = ((int(place * tokens) + 0.5) / tokens for place, tokens in zip(queries[number], weights.shape, strict=True))
             cell.plot([x * width], [y * height], marker="o", markersize=6, markerfacecolor="none",
                       markeredgecolor="white", markeredgewidth=2.6)  # fmt: skip
             cell.plot([x * width], [y * height], marker="o", markersize=6, markerfacecolor="none",
@@ -120,18 +121,18 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
             if row == 0:
                 rows_columns = "×".join(map(str, weights.shape))
                 cell.set_title(f"{one.layers[stage]}, {rows_columns} tokens", fontsize=8, color=QUIET)
-        axes[row, 0].text(-0.06, 0.5, one.label, transform=axes[row, 0].transAxes, rotation=90, ha="right", va="center",
-                          fontsize=9, fontweight="bold")  # fmt: skip
+        axes[row, 0].text(-0.06, 0.5, one.label.replace(" (", "\n("), transform=axes[row, 0].transAxes, rotation=90, ha="right",
+                          va="center", fontsize=9, fontweight="bold")  # fmt: skip
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=115, facecolor="white", metadata={"Software": None})
     return _small_png(buffer.getvalue())
 
 
 def _small_png(data: bytes) -> bytes:
-    """The picture with a palette of 256 colours: a third of the bytes."""
+    """The picture with a palette of 128 colours: a third of the bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(data)) as picture:
-        picture.convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
+        picture.convert("RGB").quantize(128).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -44,7 +44,7 @@ def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
     }
 
 
-def latencies(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 4.0) -> dict[str, dict[str, float]]:
+def latencies(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 2.0) -> dict[str, dict[str, float]]:
     """Time of a forward pass of each model, in milliseconds per batch.
 
     The models take turns, so that a machine that slows down slows all of them down.

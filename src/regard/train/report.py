@@ -124,7 +124,7 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
         encoded = base64.b64encode(picture).decode()
         parts += [
             "<h2>What each mixer looks at</h2>",
-            "<p>The trained models on a photograph: where the token under the red circle attends, in the last block of each "
+            "<p>The trained models on a photograph: where the token under the circle attends, in the last block of each "
             "stage, averaged over heads. Bright is most; what the mixer cannot see is left grey. These are the exact weights "
             "(<code>regard.lens.capture</code>), each map scaled to its own largest.</p>",
             f'<img alt="attention maps" src="data:image/png;base64,{encoded}">',

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,20 @@ def supports(call: Call) -> str | None:
     return None
 
 
+def exactly(device: torch.device):
+    """Without autocasting, where it is on."""
+    active = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
 def logits(call: Call, rows: Tensor | None = None) -> Tensor:
     """Scaled and biased logits ``(batch, heads, queries, keys)``, ``-inf`` where a key is not visible."""
     kind = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     q = call.q.flatten(1, -3)
     q = (q if rows is None else q[:, rows]).to(kind)
     k = call.k.flatten(1, -3).to(kind).repeat_interleave(call.heads // call.k.shape[-2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * call.scale
+    with exactly(q.device):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * call.scale
     bias = call.dense_bias(rows)
     if bias is not None:
         scores = scores + bias.to(kind)
@@ -39,6 +48,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     weights, lse = normalise(logits(call))
     weights = F.dropout(weights, call.dropout)
     v = call.v.flatten(1, -3).to(weights.dtype).repeat_interleave(call.heads // call.v.shape[-2], 2)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
+    with exactly(v.device):
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
     rows = lse.transpose(1, 2).unflatten(1, call.q_grid) if call.need_lse else None
     return out.unflatten(1, call.q_grid), rows

@@ -137,7 +137,11 @@ def tiled_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` of one call."""
-    problem = pose(q, k, v, table, valid, blocks, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _attend(pose(q, k, v, table, valid, blocks, scale), q, k, v, block, spec, bias_spec, q_start, zeros)
+
+
+def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, block, spec, bias_spec, q_start, zeros) -> tuple[Tensor, Tensor]:
     out = lse = None
     for chunks in _parts(problem, q, k, block, spec, bias_spec, q_start, zeros):
         part_out, part_lse = _forward(problem, chunks)
@@ -208,6 +212,25 @@ def tiled_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
     problem = pose(q, k, v, table, valid, blocks, scale)
+    parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
+    with torch.autocast(q.device.type, enabled=False):
+        (dq, dk, dv), grad_table = _gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
+    dq, dk, dv = (problem.unfold(g, t) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
+    if grad_table is None or table is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, grad_table.view(table.shape).to(table.dtype)
+
+
+def _gradients(
+    problem: Problem,
+    parts: list[Iterator[Chunk]],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    need_table: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of the rows of q, k and v, and of the flattened bias table."""
     kind = problem.q.rows.dtype
     flat_lse = problem.fold(lse.unsqueeze(-1)).reshape(-1, problem.heads)
     saved = Saved(
@@ -218,13 +241,9 @@ def tiled_attention_backward(
     )
     grads = [torch.zeros_like(t.rows) for t in (problem.q, problem.k, problem.v)]
     grad_table = torch.zeros_like(problem.table.flatten(1)) if need_table and problem.table is not None else None
-    parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
     for chunks in parts:
         _backward(problem, chunks, saved, grads, grad_table, len(parts) == 1)
-    dq, dk, dv = (problem.unfold(g, t) for g, t in zip(grads, (q, k, v), strict=True))
-    if grad_table is None or table is None:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, grad_table.view(table.shape).to(table.dtype)
+    return grads, grad_table
 
 
 @dataclass

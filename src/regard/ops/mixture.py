@@ -1,0 +1,70 @@
+"""Mixtures: gates that keep the k best of n experts (heads, modules, kernels) for each token, and the losses that go along.
+
+    p = softmax(logits),   g_i = total * p_i / sum of the kept p   where i is among the k largest, else 0
+
+Cost: n per token. Source: Shazeer et al., arXiv:1701.06538; Jin et al., MoH, arXiv:2410.11842; Zoph et al., ST-MoE,
+arXiv:2202.08906.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mixture(NamedTuple):
+    """Gates of the experts and what the losses need, all ``(..., experts)``."""
+
+    gates: Tensor
+    """Factors on the experts' outputs; 0 where an expert is not chosen."""
+    probabilities: Tensor
+    """The softmax over all experts, in at least float32."""
+    chosen: Tensor
+    """Boolean, ``k`` of them True for each token."""
+
+
+def mixture(logits: Tensor, k: int, *, total: float = 1.0) -> Mixture:
+    """Gates of the ``k`` experts with the largest logits.
+
+    Noisy gates are those of noisy logits: add the noise before.
+
+    Args:
+        logits: ``(..., experts)``; the gates carry gradient to them, the choice does not.
+        k: experts to keep; ``total`` is shared among them in proportion to their probabilities.
+        total: sum of the gates of a token: 1 for mixtures of experts, ``k`` for mixtures of heads, where equal logits of all
+            experts then give gates of one.
+
+    Raises:
+        ValueError: ``k`` below one or above the number of experts.
+    """
+    experts = logits.shape[-1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"k must be in 1..{experts}, the number of experts; got {k}")
+    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = logits.detach().topk(k, -1, sorted=False).indices
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    kept = logits.masked_fill(~chosen, -torch.inf).softmax(-1, dtype=probabilities.dtype)  # p over the sum of the kept p
+    return Mixture((total * kept).to(logits.dtype), probabilities, chosen)
+
+
+def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """``n sum_i P_i f_i``: the mean probability of each of n experts times the share of tokens that chose it.
+
+    ``k`` where both are uniform, and more where the experts that are chosen often are also the probable ones. It is no lower
+    bound: only P carries gradient, and tokens that narrowly prefer one expert against few that firmly prefer another give less.
+
+    Args:
+        probabilities, chosen: ``(..., experts)``, see :class:`Mixture`.
+
+    Source: Fedus et al., Switch Transformer, arXiv:2101.03961.
+    """
+    mean = probabilities.flatten(0, -2).mean(0)
+    load = chosen.flatten(0, -2).to(mean.dtype).mean(0)
+    return mean.shape[-1] * (mean * load).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """The mean squared log-sum-exp over experts, which keeps logits ``(..., experts)`` small."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()

@@ -1,0 +1,233 @@
+"""What a pattern is: the interface, and the case on which everything fast rests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Ints = int | tuple[int, ...]
+
+
+def minimum(a, b):
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return np.minimum(a, b)
+
+
+def maximum(a, b):
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return np.maximum(a, b)
+
+
+def per_axis(value, axis: int):
+    return value[axis] if isinstance(value, tuple) else value
+
+
+def normalise(name: str, value, kind: type[int], low: int | None = None):
+    """A scalar, or a tuple with one entry per axis, checked."""
+    entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for entry in entries:
+        if (kind is bool) != isinstance(entry, bool) or not isinstance(entry, kind):
+            raise ValueError(f"{name} must be {kind.__name__} or a tuple of them, one per axis; got {value!r}")
+        if low is not None and entry < low:
+            raise ValueError(f"{name} must be at least {low}; got {value!r}")
+    return entries if isinstance(value, (tuple, list)) else value
+
+
+class AxisWindow(NamedTuple):
+    """Keys ``start, start + step, ...`` (``count`` of them) seen on one axis; arrays broadcast over queries."""
+
+    start: Any
+    count: Any
+    step: Any
+
+
+class Pattern:
+    """Which keys each query sees; a frozen value.
+
+    Combine patterns with ``|`` (a set union: a key both see counts once) and ``&``.
+    """
+
+    source: ClassVar[str] = ""
+    static: ClassVar[bool] = True
+    flat: ClassVar[bool] = False
+    """Whether only the row-major index of a token counts, so that the grids may be flattened and differ in rank."""
+
+    @property
+    def spec(self) -> str:
+        """The text form that :func:`parse` reads back."""
+        return repr(self)
+
+    def visible(self, q_pos: Tensor, k_pos: Tensor, q_grid: Sequence[int], k_grid: Sequence[int]) -> Tensor:
+        """Whether keys at ``k_pos`` are visible to queries at ``q_pos``.
+
+        ``q_pos`` and ``k_pos`` are integer coordinates ``(..., rank)`` on the key grid that broadcast against each other.
+        Routed patterns return ``(batch, heads, ...)``, with 1 where they do not differ.
+        """
+        raise NotImplementedError
+
+    def rank(self) -> int | None:
+        """The grid rank the pattern is made for, or None for any."""
+        declared = fields(self)  # type: ignore[arg-type]  # every concrete pattern is a dataclass
+        ranks = {len(v) for f in declared if isinstance(v := getattr(self, f.name), tuple) and f.metadata.get("axes", True)}
+        if len(ranks) > 1:
+            raise ValueError(f"{self!r} mixes per-axis arguments of different lengths")
+        return ranks.pop() if ranks else None
+
+    def check(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> None:
+        """Raise ``ValueError`` where the pattern cannot be applied to these grids."""
+        rank = self.rank()
+        if rank is not None and rank != len(k_grid):
+            raise ValueError(f"{self!r} has {rank} axes but the key grid is {tuple(k_grid)}")
+
+    def zero_keys(self, axis: int, length: int, rank: int) -> tuple[int, int]:
+        """How many zero keys stand before and after an axis (only for ``border="zero"`` and ``pad="zero"``)."""
+        return (0, 0)
+
+    def mask(
+        self,
+        q_grid: Sequence[int],
+        k_grid: Sequence[int] | None = None,
+        *,
+        q_start: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The pattern as a boolean tensor ``(queries, keys)``, or ``(batch, heads, queries, keys)`` for routed ones.
+
+        Slow and large: the oracle of every test. Tokens are in row-major order. Zero keys outside the grid do not appear.
+        """
+        q_grid, k_grid = tuple(q_grid), tuple(k_grid or q_grid)
+        self.check(q_grid, k_grid)
+        q_pos = grid_positions(q_grid, q_start, device)[:, None]
+        k_pos = grid_positions(k_grid, None, device)[None, :]
+        return self.visible(q_pos, k_pos, q_grid, k_grid)
+
+    def degree(
+        self, q_grid: Sequence[int], k_grid: Sequence[int] | None = None, q_start: Sequence[int] | None = None
+    ) -> Tensor:
+        """Number of keys each query sees: ``(*q_grid)``, or ``(batch, heads, *q_grid)`` where they may differ."""
+        q_grid, k_grid = tuple(q_grid), tuple(k_grid or q_grid)
+        self.check(q_grid, k_grid)
+        k_pos = grid_positions(k_grid)[None]
+        rows = max(1, (1 << 26) // len(k_pos[0]))  # the whole mask may be larger than the memory
+        positions = grid_positions(q_grid, q_start)
+        chunks = [self.visible(q[:, None], k_pos, q_grid, k_grid).sum(-1) for q in positions.split(rows)]
+        return torch.cat(chunks, -1).unflatten(-1, q_grid)
+
+    def reach(self, axis: int, interval: tuple[int, int], grid: Sequence[int]) -> tuple[int, int]:
+        """Half-open key interval on ``axis`` that the queries of the half-open ``interval`` need."""
+        return (0, grid[axis])
+
+    def offset(self, axis: int, q, k, length: int, rank: int):
+        """Signed distance from query to key in the pattern's own steps; the index of a relative bias."""
+        return k - q
+
+    def extent(self, axis: int, length: int | None, rank: int) -> int:
+        """Largest absolute :meth:`offset` on ``axis``; a bias table has ``2 * extent + 1`` entries there."""
+        if length is None:
+            raise ValueError(f"{self!r} sees arbitrarily far: a relative bias over it needs the grid")
+        return length - 1
+
+    def __or__(self, other: Pattern) -> Pattern:
+        from .combined import Union
+
+        return Union((*_members(self, Union), *_members(other, Union)))
+
+    def __and__(self, other: Pattern) -> Pattern:
+        from .combined import Intersection
+
+        return Intersection((*_members(self, Intersection), *_members(other, Intersection)))
+
+    def __repr__(self) -> str:
+        shown = []
+        for f in fields(self):  # type: ignore[arg-type]  # every concrete pattern is a dataclass
+            value = getattr(self, f.name)
+            if f.metadata.get("positional"):
+                shown.append(repr(value))
+            elif value != f.default:
+                shown.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _members(pattern: Pattern, kind: type) -> tuple[Pattern, ...]:
+    return pattern.members if isinstance(pattern, kind) else (pattern,)  # type: ignore[attr-defined]
+
+
+def grid_positions(grid: Sequence[int], start: Sequence[int] | None = None, device=None) -> Tensor:
+    """Coordinates ``(tokens, rank)`` of a grid in row-major order, shifted by ``start``."""
+    start = start or (0,) * len(grid)
+    axes = [torch.arange(s, s + n, device=device) for s, n in zip(start, grid, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
+
+
+def raster(pos: Tensor, grid: Sequence[int]) -> Tensor:
+    """Row-major indices of coordinates ``(..., rank)``."""
+    index = pos[..., 0]
+    for axis in range(1, len(grid)):
+        index = index * grid[axis] + pos[..., axis]
+    return index
+
+
+def inside(pos: Tensor, grid: Sequence[int]) -> Tensor:
+    """Whether coordinates ``(..., rank)`` lie on the grid: the zero keys of another member of a union do not."""
+    return fold(torch.logical_and, [(pos[..., axis] >= 0) & (pos[..., axis] < n) for axis, n in enumerate(grid)])
+
+
+def fold(operation, masks: list[Tensor]) -> Tensor:
+    """Combine masks of static ``(queries, keys)`` and routed ``(batch, heads, queries, keys)`` patterns."""
+    result = masks[0]
+    for mask in masks[1:]:
+        result = operation(result, mask)
+    return result
+
+
+def along_axis(counts: np.ndarray, axis: int, rank: int) -> Tensor:
+    """Counts per point of an axis, shaped to broadcast over a grid."""
+    return torch.from_numpy(counts.astype(np.int64)).reshape(-1, *[1] * (rank - axis - 1))
+
+
+def positional():
+    return field(metadata={"positional": True})
+
+
+class Separable(Pattern):
+    """A pattern that is a product of one arithmetic progression per axis."""
+
+    def axis_window(self, axis: int, q, length: int, rank: int) -> AxisWindow:
+        """The keys that queries at coordinates ``q`` see on ``axis`` of a key grid with ``length`` points there."""
+        raise NotImplementedError
+
+    def axis_visible(self, axis: int, q, k, length: int, rank: int):
+        start, count, step = self.axis_window(axis, q, length, rank)
+        away = k - start
+        return (away >= 0) & (away < count * step) & (away % step == 0)
+
+    def visible(self, q_pos, k_pos, q_grid, k_grid):
+        rank = len(k_grid)
+        seen = self.axis_visible(0, q_pos[..., 0], k_pos[..., 0], k_grid[0], rank)
+        for axis in range(1, rank):
+            seen = seen & self.axis_visible(axis, q_pos[..., axis], k_pos[..., axis], k_grid[axis], rank)
+        return seen
+
+    def degree(self, q_grid, k_grid=None, q_start=None):
+        k_grid, q_start = tuple(k_grid or q_grid), q_start or (0,) * len(q_grid)
+        self.check(q_grid, k_grid)
+        total = torch.ones(tuple(q_grid), dtype=torch.long)
+        for axis, (n, length) in enumerate(zip(q_grid, k_grid, strict=True)):
+            q = np.arange(q_start[axis], q_start[axis] + n)
+            start, count, step = self.axis_window(axis, q, length, len(k_grid))
+            first = np.maximum(0, -(start // step))  # zero keys outside the grid are no keys
+            last = np.minimum(count, (length - 1 - start) // step + 1)
+            total *= along_axis(np.broadcast_to(np.maximum(last - first, 0), (n,)), axis, len(q_grid))
+        return total
+
+    def reach(self, axis, interval, grid):
+        start, count, step = self.axis_window(axis, np.arange(*interval), grid[axis], len(grid))
+        stop = start + (count - 1) * step + 1
+        return max(int(np.min(start)), 0), min(int(np.max(stop)), grid[axis])

@@ -1,0 +1,159 @@
+"""Routed patterns: tensors decide, at run time, perhaps per batch item and head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .base import Ints, Pattern, grid_positions, normalise, per_axis, positional
+
+
+class _Routed(Pattern):
+    """A pattern decided at run time by a tensor; a pytree node, so it may cross compiled regions."""
+
+    static: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def flatten(pattern):
+            names = [f.name for f in fields(pattern)]
+            tensors = [n for n in names if isinstance(getattr(pattern, n), Tensor)]
+            rest = {n: getattr(pattern, n) for n in names if n not in tensors}
+            return [getattr(pattern, n) for n in tensors], (tensors, rest)
+
+        def unflatten(values, context):
+            names, rest = context
+            pattern = object.__new__(cls)
+            for name, value in {**rest, **dict(zip(names, values, strict=True))}.items():
+                object.__setattr__(pattern, name, value)
+            return pattern
+
+        pytree.register_pytree_node(cls, flatten, unflatten)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocks(_Routed):
+    """Routed blocks: the queries of a block see the keys of the blocks that ``table`` lists.
+
+    ``table`` is ``(batch, query_blocks, listed)`` or ``(batch, heads, query_blocks, listed)`` of key block indices in
+    row-major order of the block grid (``ceil(length / block)`` per axis; the last block of an axis may be partial). -1 lists
+    nothing; a block listed twice counts once; batch and heads may be 1. ``block`` is one size, or one per axis.
+
+    Source: Zhu et al., BiFormer, arXiv:2303.08810.
+    """
+
+    table: Tensor = positional()
+    block: Ints = positional()
+    source: ClassVar[str] = "arXiv:2303.08810"
+
+    def __post_init__(self):
+        if self.table.ndim not in (3, 4) or self.table.is_floating_point():
+            raise ValueError(
+                "table must be integers (batch, [heads,] query_blocks, listed); "
+                f"got {self.table.dtype} {tuple(self.table.shape)}"
+            )
+        object.__setattr__(self, "block", normalise("block", self.block, int, 1))
+
+    def rank(self):
+        return len(self.block) if isinstance(self.block, tuple) else None
+
+    def block_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return tuple(-(-n // per_axis(self.block, axis)) for axis, n in enumerate(grid))
+
+    def check(self, q_grid, k_grid):
+        super().check(q_grid, k_grid)
+        if len(q_grid) != len(k_grid):
+            raise ValueError(f"{self!r} needs grids of one rank; got queries {tuple(q_grid)}, keys {tuple(k_grid)}")
+        blocks = math.prod(self.block_grid(q_grid))
+        if self.table.shape[-2] != blocks:
+            raise ValueError(
+                f"table lists {self.table.shape[-2]} query blocks, but grid {tuple(q_grid)} in blocks of "
+                f"{self.block} has {blocks}"
+            )
+
+    def table4(self) -> Tensor:
+        """The table as ``(batch, heads, query_blocks, listed)``."""
+        return self.table if self.table.ndim == 4 else self.table[:, None]
+
+    def visible(self, q_pos, k_pos, q_grid, k_grid):
+        q_block = flat_block(q_pos, self.block, self.block_grid(q_grid))
+        k_block = flat_block(k_pos, self.block, self.block_grid(k_grid))
+        return self.pairs(k_grid)[:, :, q_block, k_block]
+
+    def pairs(self, k_grid: Sequence[int]) -> Tensor:
+        """Which key blocks each query block lists: ``(batch, heads, query_blocks, key_blocks)`` boolean."""
+        table = self.table4()
+        pairs = torch.zeros(*table.shape[:3], math.prod(self.block_grid(k_grid)) + 1, dtype=torch.bool, device=table.device)
+        return pairs.scatter(-1, table + 1, True)[..., 1:]  # column 0 took the entries that list nothing
+
+    def degree(self, q_grid, k_grid=None, q_start=None):
+        k_grid = tuple(k_grid or q_grid)
+        self.check(q_grid, k_grid)
+        k_block = flat_block(grid_positions(k_grid, None, self.table.device), self.block, self.block_grid(k_grid))
+        sizes = torch.bincount(k_block, minlength=math.prod(self.block_grid(k_grid)))
+        counts = (self.pairs(k_grid) * sizes).sum(-1)
+        q_block = flat_block(grid_positions(q_grid, q_start, self.table.device), self.block, self.block_grid(q_grid))
+        return counts[..., q_block].unflatten(-1, tuple(q_grid))
+
+    def __repr__(self):
+        return f"Blocks(table{tuple(self.table.shape)}, block={self.block!r})"
+
+
+def flat_block(pos: Tensor, block: Ints, block_grid: tuple[int, ...]) -> Tensor:
+    index = pos[..., 0] // per_axis(block, 0)
+    for axis in range(1, len(block_grid)):
+        index = index * block_grid[axis] + pos[..., axis] // per_axis(block, axis)
+    return index
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clusters(_Routed):
+    """A query sees the keys that carry its label.
+
+    ``labels`` are integers ``(batch, *q_grid)`` or ``(batch, heads, *q_grid)`` flattened over the grid:
+    ``(batch, queries)`` or ``(batch, heads, queries)``; ``key_labels`` likewise, by default the same.
+
+    Source: Roy et al., Routing Transformer, arXiv:2003.05997.
+    """
+
+    labels: Tensor = positional()
+    key_labels: Tensor | None = None
+    source: ClassVar[str] = "arXiv:2003.05997"
+    flat: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for labels in (self.labels, self.key_labels):
+            if labels is not None and (labels.ndim not in (2, 3) or labels.is_floating_point()):
+                raise ValueError(f"labels must be integers (batch, [heads,] tokens); got {labels.dtype} {tuple(labels.shape)}")
+
+    def rank(self):
+        return None
+
+    def check(self, q_grid, k_grid):
+        keys = self.labels if self.key_labels is None else self.key_labels
+        for name, labels, grid in (("query", self.labels, q_grid), ("key", keys, k_grid)):
+            if labels.shape[-1] != math.prod(grid):
+                raise ValueError(f"{labels.shape[-1]} {name} labels for a grid {tuple(grid)} of {math.prod(grid)} tokens")
+
+    def visible(self, q_pos, k_pos, q_grid, k_grid):
+        def at(labels, pos, grid):
+            labels = labels if labels.ndim == 3 else labels[:, None]
+            return labels[..., flat_block(pos, 1, tuple(grid))]
+
+        keys = self.labels if self.key_labels is None else self.key_labels
+        return at(self.labels, q_pos, q_grid) == at(keys, k_pos, k_grid)
+
+    def __repr__(self):
+        return f"Clusters(labels{tuple(self.labels.shape)})"
+
+
+def tensors_of(pattern: Pattern) -> Iterable[Tensor]:
+    """The tensors a routed pattern holds."""
+    return (leaf for leaf in pytree.tree_leaves(pattern) if isinstance(leaf, Tensor))
