@@ -76,4 +76,4 @@ def write(name: str, cases: list[dict]) -> Path:
 
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative error in the Frobenius norm."""
-    return float((result.double() - truth).norm() / truth.norm())
+    return float((result.detach().double() - truth).norm() / truth.norm())

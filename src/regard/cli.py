@@ -121,7 +121,7 @@ def systems(
     area: Annotated[str | None, typer.Option(help="Only those of this area.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False,
 ) -> None:
-    """The catalog: published systems that work here, with their entry points."""
+    """The catalog: published systems that work here; --json adds entry points and sizes."""
     rows = _catalog()
     if area is not None:
         areas = sorted({row["area"] for row in rows})
@@ -132,8 +132,8 @@ def systems(
         print(json.dumps(rows, indent=2))
         return
     _print_table(
-        ["id", "name", "title", "paper", "year", "area", "entry"],
-        [[row["id"], row["name"], row["title"], row["arxiv"], row["year"], row["area"], row["entry"]] for row in rows],
+        ["id", "name", "title", "paper", "year", "area"],
+        [[row["id"], row["name"], row["title"], row["arxiv"], row["year"], row["area"]] for row in rows],
     )
 
 
@@ -248,8 +248,8 @@ def _device_named(name: str) -> torch.device:
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=column not in ("title", "what", "cost"), overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

@@ -82,7 +82,9 @@ def test_softmax_weights_are_neighborhood_attention(border):
     torch.testing.assert_close(apply_kernel(v, weights, (3, 4), dilation=2, border=border), attend(q, k, v, pattern))
 
 
-@pytest.mark.parametrize(("grid", "size", "stride"), [((7, 6), 3, 2), ((5, 5), 3, 1), ((9, 4), 2, 3), ((10,), 4, 2), ((3, 4, 5), 3, 2)])
+@pytest.mark.parametrize(
+    ("grid", "size", "stride"), [((7, 6), 3, 2), ((5, 5), 3, 1), ((9, 4), 2, 3), ((10,), 4, 2), ((3, 4, 5), 3, 2)]
+)
 def test_windows_are_listed_and_added_up_where_they_came_from(grid, size, stride):
     v = torch.randn(2, *grid, 2, 3, dtype=torch.float64)
     counts = [-(-n // stride) for n in grid]

@@ -52,7 +52,9 @@ def test_values_go_to_the_keys_with_the_weights_of_attention(pattern):
         torch.testing.assert_close(mine, its)
 
 
-@pytest.mark.parametrize("pattern", [Dense(), Clusters(torch.tensor([[0, 1, 2, 1]]), torch.arange(15).remainder(4)[None])], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Dense(), Clusters(torch.tensor([[0, 1, 2, 1]]), torch.arange(15).remainder(4)[None])], ids=str
+)
 def test_queries_and_keys_may_lie_on_different_grids(pattern):
     q, k = torch.randn(1, 4, 2, 3, dtype=torch.float64), torch.randn(1, 3, 5, 2, 3, dtype=torch.float64)
     v = torch.randn(1, 4, 2, 5, dtype=torch.float64)
@@ -89,6 +91,13 @@ def test_half_precision_keeps_the_log_sum_exp():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         auto = attend_transposed(q.bfloat16(), k.bfloat16(), v.bfloat16())
     torch.testing.assert_close(auto.double(), exact, rtol=2**-5, atol=2**-5)
+
+
+@pytest.mark.parametrize("pattern", [Window(3), Neighborhood(3)], ids=str)
+def test_it_compiles_without_a_break(pattern):
+    q, k, v = torch.randn(3, 1, *GRID, 2, 4).unbind()
+    compiled = torch.compile(attend_transposed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, pattern), attend_transposed(q, k, v, pattern))
 
 
 def test_misfits_are_named():

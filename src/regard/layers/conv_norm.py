@@ -52,8 +52,9 @@ def _fused(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
             done[module] = module.fuse().eval()
         else:
             done[module] = module
-            for name, child in module.named_children():
-                setattr(module, name, _fused(child, done))
+            for name, child in module._modules.items():  # named_children names a shared module once
+                if child is not None:
+                    setattr(module, name, _fused(child, done))
     return done[module]
 
 
@@ -109,9 +110,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv = convolution(
-            dim, out, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **factory
-        )
+        self.conv = convolution(dim, out, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **factory)
         self.norm = nn.BatchNorm2d(out, eps=eps, **factory)
         nn.init.constant_(self.norm.weight, gamma)
         self.act = nn.Identity() if act is None else act()
@@ -143,20 +142,22 @@ def convolution(
         raise ValueError(f"padding must be a number or 'same'; got {padding!r}")
     kind, pad = (SameConv2d, 0) if padding == "same" else (nn.Conv2d, padding)
     pad = (kernel_size - 1) * dilation // 2 if pad is None else pad
-    return kind(
-        dim, out, kernel_size, stride, pad, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype
-    )  # type: ignore[arg-type]  # pad is a number by now
+    return kind(dim, out, kernel_size, stride, pad, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype)  # type: ignore[arg-type]  # pad is a number by now
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that ``norm(conv(x))`` is in eval mode."""
+    scale, shift = _affine(norm)
+    bias = shift if conv.bias is None else shift + conv.bias * scale
+    return conv.weight * scale[:, None, None, None], bias
+
+
+def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Factor and shift per channel of a batch norm in eval mode."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch norm without running statistics cannot be folded")
     scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-    bias = norm.bias - norm.running_mean * scale
-    if conv.bias is not None:
-        bias = bias + conv.bias * scale
-    return conv.weight * scale[:, None, None, None], bias
+    return scale, norm.bias - norm.running_mean * scale
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
@@ -218,10 +219,9 @@ class NormLinear(nn.Module):
     def fuse(self) -> nn.Module:
         """The linear layer that this is in eval mode."""
         norm, linear = self.norm, self.linear
-        assert norm.running_mean is not None and norm.running_var is not None  # the constructor made them
-        scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
+        scale, shift = _affine(norm)
         made = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
-        bias = linear.bias + linear.weight @ (norm.bias - norm.running_mean * scale)
+        bias = linear.bias + linear.weight @ shift
         made.load_state_dict({"weight": (linear.weight * scale).detach(), "bias": bias.detach()})
         return made
 
@@ -289,7 +289,9 @@ class DilatedConvNorm(nn.Module):
 
 
 class MBConv(nn.Module):
-    """An inverted residual block with squeeze gate, normalised before: ``shortcut(x) + reduce(gate(depthwise(expand(norm(x)))))``.
+    """An inverted residual block with a squeeze gate, normalised before.
+
+        shortcut(x) + reduce(gate(depthwise(expand(norm(x)))))
 
     The shortcut is ``x``, or with stride 2 its mean over 2 x 2 squares, projected where the widths differ.
 
@@ -352,3 +354,34 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.gate(self.depthwise(self.expand(self.norm(x))))
         return self.shortcut(x) + self.drop_path(self.reduce(y))
+
+
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """The multiple of ``divisor`` nearest to a number of channels, at least one of it; halves round up."""
+    return max(divisor, int(channels + divisor / 2) // divisor * divisor)
+
+
+class SqueezeMerging(nn.Module):
+    """An inverted block that halves the grid, with a squeeze gate and without a shortcut.
+
+        reduce(gate(act(depthwise(act(expand(x))))))
+
+    Args:
+        dim, out: channels in and out.
+        expansion: hidden channels per channel in.
+        act: class of the activations.
+
+    Source: Liu et al., EfficientViT, arXiv:2305.07027; Yun & Ro, SHViT, arXiv:2401.16456.
+    """
+
+    def __init__(self, dim: int, out: int, *, expansion: int = 4, act: Activation = nn.ReLU, device=None, dtype=None) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden = expansion * dim
+        self.expand = ConvNorm(dim, hidden, act=act, **factory)
+        self.depthwise = ConvNorm(hidden, hidden, 3, 2, groups=hidden, act=act, **factory)
+        self.gate = SqueezeGate(hidden, round_channels(hidden / 4), **factory)
+        self.reduce = ConvNorm(hidden, out, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.gate(self.depthwise(self.expand(x))))

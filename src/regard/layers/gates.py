@@ -70,7 +70,7 @@ class StatisticsGate(nn.Module):
         dim: channels.
         gate: class of the activation that makes factors of the result.
 
-    Source: Lee et al., SRM, arXiv:1903.10829; Huang et al., partial attention (PATNet), arXiv:2502.01303.
+    Source: Lee et al., SRM, arXiv:1903.10829; Huang et al., partial channel attention, arXiv:2502.01303.
     """
 
     def __init__(self, dim: int, *, gate: Activation = nn.Hardsigmoid, device=None, dtype=None) -> None:

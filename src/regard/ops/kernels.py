@@ -164,7 +164,8 @@ def fold_windows(y: Tensor, grid: Sequence[int], size: int, stride: int = 1) -> 
     expected = (*(-(-n // stride) for n in grid), size**rank)
     if y.ndim != rank + 4 or (*y.shape[1 : 1 + rank], y.shape[-2]) != expected:
         raise ValueError(
-            f"a grid {tuple(grid)} has windows {expected[:-1]} of {expected[-1]} taps at {size=}, {stride=}; got {tuple(y.shape)}"
+            f"a grid {tuple(grid)} has windows {expected[:-1]} of {expected[-1]} taps at {size=}, {stride=}; "
+            f"got {tuple(y.shape)}"
         )
     y = y.movedim(-2, -1).unflatten(-1, (size,) * rank)  # (batch, *windows, heads, dim, size, ..., size)
     for axis, length in reversed(list(enumerate(grid, start=1))):

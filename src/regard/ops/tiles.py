@@ -38,13 +38,39 @@ class Index:
     inverse: Tensor | None = None
     steps: tuple[int, int, int] | None = None
 
+    def covers(self, count: int) -> bool:
+        """Whether the tiles are all ``count`` rows of the table, in their order."""
+        n, t = self.rows.shape
+        return n * t == count and self.steps in ((0, t, 1), (0, 0, 1), (0, 1, 0))
+
     def put(self, target: Tensor, tiles: Tensor) -> None:
         """Write tile rows ``(n * t, width)`` to the rows of ``target`` they came from."""
         if self.inverse is None or self.span is None:
             target[self.base :].index_copy_(0, self.rows.reshape(-1), tiles)
         else:
-            first, last = self.span
-            torch.index_select(tiles, 0, self.inverse, out=target[self.base + first : self.base + last])
+            torch.index_select(tiles, 0, self.inverse, out=self._region(target, self.span))
+
+    def merge(self, out: Tensor, lse: Tensor, tiles: Tensor, tiles_lse: Tensor) -> None:
+        """Merge tile rows ``(n * t, heads * dim)`` with lse ``(n * t, heads)`` into rows that saw other keys."""
+        if self.inverse is None or self.span is None:
+            rows = self.rows.reshape(-1)
+            old_out, old_lse = out[self.base :][rows], lse[self.base :][rows]
+        else:
+            old_out, old_lse = self._region(out, self.span), self._region(lse, self.span)
+            tiles, tiles_lse = tiles[self.inverse], tiles_lse[self.inverse]
+        total = torch.logaddexp(old_lse, tiles_lse)
+        base = total.masked_fill(total == -torch.inf, 0.0)
+        shape = (*total.shape, -1)
+        old_out.view(shape).mul_(torch.exp(old_lse - base).unsqueeze(-1))
+        old_out.view(shape).addcmul_(tiles.view(shape), torch.exp(tiles_lse - base).unsqueeze(-1))
+        if self.inverse is None or self.span is None:
+            self.put(out, old_out)
+            self.put(lse, total)
+        else:
+            old_lse.copy_(total)
+
+    def _region(self, target: Tensor, span: tuple[int, int]) -> Tensor:
+        return target[self.base + span[0] : self.base + span[1]]
 
     def take(self, rows: Tensor) -> Tensor:
         """The tiles ``(n, t, width)`` of a table of rows."""
@@ -110,6 +136,12 @@ class GroupTables:
                 for table, tokens in zip((self.queries, self.keys), self.tokens, strict=True)
             )  # type: ignore[assignment]  # two of them
         return self._indices[key]
+
+    def views(self, items: int) -> bool:
+        """Whether all tiles of ``items`` batch items are views, so that nothing needs a buffer."""
+        tiles = len(self.queries)
+        alone = self.visible is None and all(index.steps is not None for index in self.indices(0, tiles, 1))
+        return alone and all(index.steps is not None for index in self.indices(0, tiles, items))
 
 
 def _over_items(table: Tensor, items: int, tokens: int) -> Tensor:
@@ -244,12 +276,12 @@ class Problem:
         """``(batch, *grid, heads, dim)`` as ``(batch * heads, *grid, 1, dim)`` where heads are folded."""
         return fold_heads(tensor, self.folded)
 
-    def unfold(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows back to the shape and dtype of ``like (batch, *grid, heads, dim)``, summing repeated heads."""
+    def unfold(self, rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Rows back to ``shape (batch, *grid, heads, dim)``, summing repeated heads."""
         if self.folded > 1:
-            batch, heads = like.shape[0], like.shape[-2]
-            rows = rows.view(batch, heads, self.folded // heads, -1, like.shape[-1]).sum(2).transpose(1, 2)
-        return rows.reshape(like.shape).to(like.dtype).contiguous()
+            batch, heads, dim = shape[0], shape[-2], shape[-1]
+            rows = rows.view(batch, heads, self.folded // heads, -1, dim).sum(2).transpose(1, 2)
+        return rows.reshape(shape).to(dtype).contiguous()
 
 
 def fold_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -285,6 +317,8 @@ def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator
             bias = flat[:, group.offsets].transpose(0, 1)  # (classes, heads, tq, tk)
             if group.visible is not None:
                 bias = bias.masked_fill(~group.visible[:, None], -torch.inf)
+        if problem.valid is None and group.views(problem.q.batch):
+            limit = tiles * problem.q.batch
         whole = max(1, limit // tiles)  # batch items at once
         for item in range(0, problem.q.batch, whole):
             items = min(whole, problem.q.batch - item)

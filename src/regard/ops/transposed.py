@@ -58,19 +58,17 @@ def attend_transposed(
     with torch.autocast(q.device.type, enabled=False):  # the lse is one more channel: half precision would round it
         senders = torch.cat([q.to(lse.dtype), -lse], -1)
         receivers = torch.cat([k.to(lse.dtype) * scale, torch.ones_like(k[..., :1], dtype=lse.dtype)], -1)
-        turned = transpose(pattern, q_grid, k_grid)
+        turned = transpose(pattern)
         y, mass = attend(receivers, senders, v.to(lse.dtype), turned, scale=1.0, return_lse=True, backend=backend)
     return (y * mass.exp().unsqueeze(-1)).to(v.dtype)
 
 
-def transpose(pattern: Pattern, q_grid: Sequence[int], k_grid: Sequence[int]) -> Pattern:
+def transpose(pattern: Pattern) -> Pattern:
     """The pattern under which each key sees the queries that saw it."""
     if isinstance(pattern, Clusters) and pattern.key_labels is not None:
         return replace(pattern, labels=pattern.key_labels, key_labels=pattern.labels)
-    zero_keys = any(any(pattern.zero_keys(axis, n, len(k_grid))) for axis, n in enumerate(k_grid))
-    if isinstance(pattern, (Dense, Clusters, Window, Grid, Axis)) and not zero_keys:
-        return pattern  # symmetric
-    return Transposed(pattern)
+    # these are symmetric; the zero keys of a padded window send zeros, and their mass cancels
+    return pattern if isinstance(pattern, (Dense, Clusters, Window, Grid, Axis)) else Transposed(pattern)
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,3 +89,6 @@ class Transposed(Pattern):
 
     def reach(self, axis: int, interval: tuple[int, int], grid: Sequence[int]) -> tuple[int, int]:
         return 0, grid[axis]
+
+    def __repr__(self) -> str:
+        return f"Transposed({self.pattern!r})"

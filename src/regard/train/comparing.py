@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -218,15 +219,16 @@ def epochs_that_fit(settings: Settings, seconds: float) -> int:
     for contender in settings.contenders:
         model = settings.build(contender).to(settings.device)
         train, val = loaders(settings.data, settings.recipe)
-        steps, count = 0.0, 0
+        steps = []
         for index, batch in enumerate(train):
             start = time.perf_counter()
             _training_step(model, [part.to(settings.device) for part in batch])
             if index > 0:  # the first one plans and allocates
-                steps, count = steps + time.perf_counter() - start, count + 1
-            if count == 4:
+                steps.append(time.perf_counter() - start)
+            if len(steps) == 5:
                 break
-        total += steps / max(count, 1) * (len(train) + 0.8 * len(val))  # validation: twice the samples, no backward pass
+        per_step = statistics.median(steps) if steps else 0.0
+        total += per_step * (len(train) + 0.8 * len(val))  # validation: twice the samples, no backward pass
     overhead = 1.15  # the optimiser, the samples, checkpoints
     return max(1, min(settings.recipe.epochs, int(seconds / max(overhead * total, 1e-9))))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data import load_data, photo_crops, photograph, to_grey
 from .comparing import Settings, compare, epochs_that_fit, fastest_threads, look
 from .contenders import DEMO, parse_mixer, parse_mixers
+from .files import read_json, write_json
 from .fitting import Recipe
 from .report import write_report
 
@@ -61,8 +62,12 @@ def demo(
     settings = Settings(data, [parse_mixer(name) for name in DEMO], recipe, runs=runs, device=device)
     torch.set_num_threads(fastest_threads(settings))
     remark = ""
-    if epochs is None and not _started(settings):
-        fitting = epochs_that_fit(settings, 60.0 * minutes)
+    if epochs is None:
+        # kept, so that a demo that was stopped goes on with what it began
+        kept = settings.folder(settings.contenders[0]).with_suffix(f".{minutes:g}-minutes.json")
+        found = None if fresh else read_json(kept)
+        fitting = int(found or epochs_that_fit(settings, 60.0 * minutes))
+        write_json(kept, fitting)
         if fitting < recipe.epochs:
             remark = f"{recipe.epochs} epochs would not fit in {minutes:g} minutes here, so each was trained for {fitting}."
             tell(remark)
@@ -140,10 +145,6 @@ def _run(
     looks = look(outcomes, settings.data.val.normalised(seen), queries)
     shown = _resized(picture.float(), SHOWN_SIZE).round().clamp(0, 255).to(torch.uint8)
     return write_report(out, settings, outcomes, looks, shown, queries, title=title, remark=remark)
-
-
-def _started(settings: Settings) -> bool:
-    return any(settings.folder(contender).exists() for contender in settings.contenders)
 
 
 def _resized(picture: Tensor, size: int) -> Tensor:

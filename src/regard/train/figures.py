@@ -44,6 +44,7 @@ def pareto(outcomes: Sequence[Outcome]) -> str:
     figure, axes = _figure(5.6, 3.7)
     points = [(o.numbers["latency_ms"], 100 * o.accuracy) for o in outcomes]
     front = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
+    tall = max(y for _, y in points) - min(y for _, y in points)
     axes.plot(*zip(*front, strict=True), color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     span = max(outcome.numbers["latency_high_ms"] for outcome in outcomes)
     for index, (outcome, (x, y)) in enumerate(zip(outcomes, points, strict=True)):
@@ -52,8 +53,9 @@ def pareto(outcomes: Sequence[Outcome]) -> str:
         axes.errorbar(x, y, xerr=[[x - low], [high - x]], color=colour, linewidth=1.2, zorder=2)
         axes.scatter([x], [y], s=70, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
         right = x < 0.7 * span
+        low_neighbour = any(0 <= other_y - y < 0.12 * tall and other != index for other, (_, other_y) in enumerate(points))
         axes.annotate(
-            outcome.label, (x, y), xytext=(9 if right else -9, 5), textcoords="offset points",
+            outcome.label, (x, y), xytext=(9 if right else -9, -13 if low_neighbour else 5), textcoords="offset points",
             ha="left" if right else "right", color=colour, fontweight="bold",
         )  # fmt: skip
     axes.set_xlim(0, 1.05 * span)
@@ -78,7 +80,7 @@ def curves(outcomes: Sequence[Outcome], chance: float) -> str:
     axes.set_xticks(range(1, last + 1, max(1, last // 8)))
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy in %")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(loc="lower right", framealpha=0.9, edgecolor="white")
     return _svg(figure)
 
 

@@ -81,7 +81,7 @@ class NamedProgressBar(RichProgressBar):
         self.name = name
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"{self.name}: {super()._get_train_description(current_epoch).lower()}"
+        return f"{self.name}: epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, module)

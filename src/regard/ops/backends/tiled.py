@@ -142,17 +142,14 @@ def tiled_attention(
 
 
 def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, block, spec, bias_spec, q_start, zeros) -> tuple[Tensor, Tensor]:
-    out = lse = None
+    rows: tuple[Tensor, Tensor] | None = None
     for chunks in _parts(problem, q, k, block, spec, bias_spec, q_start, zeros):
-        part_out, part_lse = _forward(problem, chunks)
-        if out is None or lse is None:
-            out, lse = part_out, part_lse
-        else:
-            lse = _merge_rows(problem, out, lse, part_out, part_lse)
-    empty_out, empty_lse = q.new_zeros((*q.shape[:-1], v.shape[-1])), _lse_like(q)
-    if out is None or lse is None:  # a pattern that shows nothing
-        return empty_out, empty_lse.fill_(-torch.inf)
-    return problem.unfold(out, empty_out), problem.unfold(lse, empty_lse.unsqueeze(-1)).squeeze(-1)
+        rows = _forward(problem, chunks, rows)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if rows is None:  # a pattern that shows nothing
+        return q.new_zeros(shape), _lse_like(q).fill_(-torch.inf)
+    out = problem.unfold(rows[0], shape, q.dtype)
+    return out, problem.unfold(rows[1], (*q.shape[:-1], 1), problem.q.rows.dtype).squeeze(-1)
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -160,29 +157,25 @@ def _lse_like(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _forward(problem: Problem, chunks: Iterator[Chunk]) -> tuple[Tensor, Tensor]:
+def _forward(problem: Problem, chunks: Iterator[Chunk], others: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Rows of output and log-sum-exp of one part of a pattern, merged into those of the ``others``."""
     rows, heads, value = problem.q.rows, problem.heads, problem.v.dim
-    out = rows.new_empty(len(rows), heads * value)
-    lse = rows.new_empty(len(rows), heads)
+    out, lse = others or (rows.new_empty(len(rows), heads * value), rows.new_empty(len(rows), heads))
     for chunk in chunks:
         q, k, v = (t.gather(i, heads, problem.width) for t, i in zip(*_operands(problem, chunk), strict=True))
         tile_out, tile_lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
         if chunk.blind is not None:
             tile_out = tile_out.masked_fill(chunk.blind[:, None, :, None], 0.0)
             tile_lse = tile_lse.masked_fill(chunk.blind[:, None], -torch.inf)
-        chunk.queries.put(out, to_rows(tile_out, heads, value))
-        chunk.queries.put(lse, tile_lse.transpose(1, 2).reshape(-1, heads))
+        done = to_rows(tile_out, heads, value), tile_lse.transpose(1, 2).reshape(-1, heads)
+        if others is not None:
+            chunk.queries.merge(out, lse, *done)
+        elif chunk.queries.covers(len(rows)):
+            return done
+        else:
+            chunk.queries.put(out, done[0])
+            chunk.queries.put(lse, done[1])
     return out, lse
-
-
-def _merge_rows(problem: Problem, out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Add a disjoint part to the rows of ``out``, in place; returns the log-sum-exp of both."""
-    total = torch.logaddexp(lse, other_lse)
-    base = total.masked_fill(total == -torch.inf, 0.0)
-    shape = (len(out), problem.heads, problem.v.dim)
-    out.view(shape).mul_(torch.exp(lse - base).unsqueeze(-1))
-    out.view(shape).addcmul_(other.view(shape), torch.exp(other_lse - base).unsqueeze(-1))
-    return total
 
 
 @tiled_attention.register_fake
@@ -215,7 +208,7 @@ def tiled_attention_backward(
     parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
     with torch.autocast(q.device.type, enabled=False):
         (dq, dk, dv), grad_table = _gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
-    dq, dk, dv = (problem.unfold(g, t) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
+    dq, dk, dv = (problem.unfold(g, t.shape, t.dtype) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
     if grad_table is None or table is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, grad_table.view(table.shape).to(table.dtype)
