@@ -39,7 +39,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml
 # timm and torchvision serve peer tests only; torchvision's compiled operators are not needed, so no dependencies
 $(VENV)/.dev: $(VENV)/.train
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers timm==1.0.22 torchvision==0.28.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 clean:
