@@ -174,3 +174,20 @@ def test_autocast_computes_in_bfloat16(pattern):
         out = attend(halves[0], k, halves[2], pattern)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_autocasting_does_not_reach_inside_the_tiled_operator():
+    pattern = P.Neighborhood(3)
+    q, k, v = (torch.randn(2, 7, 9, 2, 8, requires_grad=True) for _ in range(3))
+    table = torch.randn(2, 5, 5, requires_grad=True)
+    leaves = (q, k, v, table)
+
+    def gradients():
+        out, lse = attend(q, k, v, pattern, bias=HeadTable(table, pattern), return_lse=True, backend="tiled")
+        return (out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+
+    expected = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
