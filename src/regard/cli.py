@@ -212,6 +212,9 @@ def plan(
     device: Annotated[str, typer.Option(help="Where it would run; it need not exist here.")] = "cpu",
     bias: Annotated[bool, typer.Option("--bias", help="With a relative bias table.")] = False,
     training: Annotated[bool, typer.Option("--training", help="With gradients.")] = False,
+    tiles: Annotated[
+        str | None, typer.Option(help="Query and key tile of a fused kernel to simulate: 16x16/16x8, or row-major 256/128.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print json instead of text.")] = False,
 ) -> None:
     """How an attention would run and what it would cost."""
@@ -219,9 +222,18 @@ def plan(
 
     made = make_plan(
         pattern, _grid(grid), batch=batch, heads=heads, head_dim=head_dim, dtype=_dtype(dtype), device=_device_named(device),
-        bias=bias, training=training,
+        bias=bias, training=training, tiles=_tiles(tiles),
     )  # fmt: skip
     print(json.dumps(made.as_dict(), indent=2) if as_json else made)
+
+
+def _tiles(text: str | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*/[1-9]\d*(x[1-9]\d*)*", text):
+        raise ValueError(f"tiles must be a query tile and a key tile joined by /, such as 16x16/16x8; got {text!r}")
+    q_tile, k_tile = text.split("/")
+    return _grid(q_tile), _grid(k_tile)
 
 
 def _grid(text: str) -> tuple[int, ...]:

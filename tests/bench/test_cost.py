@@ -25,6 +25,7 @@ PATTERNS = [
     P.PerHead({P.Window(2): 1, P.Axis(1): 1, P.Dense(): 2}),
     P.Blocks(torch.tensor([[[0, 1], [2, -1], [3, 3], [1, 2]]]), (3, 3)),
     P.Blocks(torch.randint(-1, 4, (2, 4, 4, 2), generator=torch.Generator().manual_seed(0)), (3, 3)),
+    P.Tokens(torch.randint(-1, 30, (2, 4, 30, 5), generator=torch.Generator().manual_seed(0))),
     P.Clusters(torch.arange(60).reshape(2, 30) % 7 % 4),
 ]
 

@@ -23,25 +23,41 @@ from regard.ops import route
 from regard.ops.rope import rope
 
 MIXERS = [
+    ("aggregated", {"ratio": 2}),
     ("axial", {}),
     ("bi_level_routing", {"regions": 3, "topk": 2}),
     ("bi_level_routing", {"regions": 3, "topk": 2, "pad": "token"}),
+    ("channel_group", {}),
     ("criss_cross", {}),
+    ("gated_positional", {}),
     ("grid", {"grid_size": 3}),
     ("halo", {"block_size": 3, "halo_size": 1}),
+    ("hilo", {"window_size": 3}),
+    ("hilo", {"window_size": 3, "pad": "token"}),
     ("identity", {}),
     ("locally_enhanced", {}),
+    ("mixture_of_heads", {"shared": 2, "routed": 0}),
+    ("mixture_of_heads", {"shared": 0, "routed": 2}),
+    ("msa_conv", {"kernel_size": 3, "shift": 1}),
     ("multi_head", {}),
     ("neighborhood", {"kernel_size": 3, "dilation": 2}),
     ("neighborhood", {"kernel_size": 5, "pad": "token"}),
+    ("outlook", {}),
+    ("sparsifiner", {"keep_rate": 0.4}),
     ("window", {"window_size": 3, "shift": 1}),
     ("window", {"window_size": 3, "shift": 1, "pad": "token"}),
 ]
+CONTINUOUS = {"topk": -1, "keep_rate": 1.0}  # routing is not
 GRIDS = [(6, 6), (7, 5), (1, 4), (2, 3), (1, 1)]
 
 
 def ids(value):
     return ",".join(f"{k}={v}" for k, v in value.items()) or "defaults" if isinstance(value, dict) else None
+
+
+def learning(mixer):
+    """The parameters that learn from the output: the predictor of a sparsifiner has a loss of its own."""
+    return [parameter for name, parameter in mixer.named_parameters() if not name.startswith("predictor.")]
 
 
 def random_mixer(name: str, dim: int = 16, heads: int = 2, **arguments):
@@ -118,8 +134,11 @@ def test_padded_neighborhood_attends_to_projected_zero_tokens():
 
 @pytest.mark.parametrize("border", ["zero", "mask", "shift"])
 @pytest.mark.parametrize(("grid", "block", "halo"), [((5, 6), 3, 2), ((7, 3), 2, 1), ((4, 4), 2, 3)])
-def test_halo_equals_formula(border, grid, block, halo):
-    mixer = random_mixer("halo", block_size=block, halo_size=halo, border=border)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_halo_equals_formula(border, grid, block, halo, stride):
+    if block % stride:
+        block += 1
+    mixer = random_mixer("halo", block_size=block, halo_size=halo, border=border, stride=stride)
     x = torch.randn(1, *grid, 16, dtype=torch.float64)
 
     def reach(at, length):
@@ -141,15 +160,17 @@ def test_halo_equals_formula(border, grid, block, halo):
         """The query times the embedding of the offset on each axis, not scaled; zero keys have it too."""
         total = 0
         for axis, table in enumerate(mixer.embedding.tables):
-            total = total + q[at][head] @ table[key[axis] - at[axis] + len(table) // 2]
+            first = at[axis] // block * block
+            index = (at[axis] - first) // stride  # of the query, among those of its block
+            total = total + q[at][head] @ table[key[axis] - first - index + len(table) // 2]
         return total
 
     zero_keys = outside if border == "zero" else None
     seen = attention(q, k, v, mixer.head_dim**-0.5, sees, relative, zero_keys)
-    assert_same(mixer(x)[0], project_out(mixer, seen))
+    assert_same(mixer(x)[0], project_out(mixer, seen)[::stride, ::stride])
     extra = torch.randn(3, 16, dtype=torch.float64)  # has no place, so no relative term
     seen = attention(q, k, v, mixer.head_dim**-0.5, sees, relative, zero_keys, split_heads(mixer, extra)[1:])
-    assert_same(mixer(x, extra[None])[0][0], project_out(mixer, seen))
+    assert_same(mixer(x, extra[None])[0][0], project_out(mixer, seen)[::stride, ::stride])
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (8, 4), (7, 9), (2, 5)])
@@ -189,6 +210,25 @@ def test_criss_cross_equals_formula(recurrence, heads):
         expected = expected + mixer.gamma * seen
     assert q.shape[-1] * heads == 32 // 8
     assert_same(mixer(x[None])[0], expected)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_channel_group_equals_formula(count):
+    mixer = random_mixer("channel_group")
+    x, extra = torch.randn(2, 3, 4, 16, dtype=torch.float64), torch.randn(2, count, 16, dtype=torch.float64)
+    y, y_extra = mixer(x, extra)
+    for image in range(2):
+        tokens = torch.cat([x[image].reshape(12, 16), extra[image]])
+        q, k, v = (tokens @ mixer.qkv.weight.T + mixer.qkv.bias).reshape(12 + count, 3, 2, 8).unbind(1)
+        mixed = torch.zeros(12 + count, 2, 8, dtype=torch.float64)
+        for head in range(2):
+            for i in range(8):  # channel i of the keys asks the channels of the values and takes from those of the queries
+                weights = torch.stack([(k[:, head, i] * v[:, head, j]).sum() / math.sqrt(8) for j in range(8)]).softmax(0)
+                for j in range(8):
+                    mixed[:, head, i] += weights[j] * q[:, head, j]
+        expected = mixed.flatten(1) @ mixer.proj.weight.T + mixer.proj.bias
+        assert_same(y[image].reshape(12, 16), expected[:12])
+        assert_same(y_extra[image], expected[12:])
 
 
 def test_locally_enhanced_convolves_the_input_not_the_values():
@@ -331,13 +371,14 @@ def test_halo_equals_strided_neighborhood_away_from_the_border(block, radius):
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("block", "radius"), [(4, 1), (2, 3)])
-def test_halo_equals_timm_under_its_weights(block, radius):
+def test_halo_equals_timm_under_its_weights(block, radius, stride):
     timm()
     from timm.layers.halo_attn import HaloAttn
 
-    theirs = HaloAttn(16, num_heads=2, block_size=block, halo_size=radius, qkv_bias=True).double()
-    ours = random_mixer("halo", block_size=block, halo_size=radius)
+    theirs = HaloAttn(16, num_heads=2, block_size=block, halo_size=radius, qkv_bias=True, stride=stride).double()
+    ours = random_mixer("halo", block_size=block, halo_size=radius, stride=stride)
     with torch.no_grad():
         kv = [t.flatten(1).unflatten(0, (2, 2, 8)) for t in (theirs.kv.weight, theirs.kv.bias[:, None])]  # (heads, k or v, dim)
         q = [t.flatten(1) for t in (theirs.q.weight, theirs.q.bias[:, None])]
@@ -433,14 +474,14 @@ def test_all_parameters_get_finite_gradients(name, arguments):
     x = torch.randn(2, 7, 5, 16, dtype=torch.float64, requires_grad=True)
     mixer(x).square().sum().backward()
     assert bool(x.grad.isfinite().all())
-    for parameter in mixer.parameters():
+    for parameter in learning(mixer):
         assert bool(parameter.grad.isfinite().all())
         assert bool(parameter.grad.any())
 
 
 @pytest.mark.parametrize(("name", "arguments"), MIXERS, ids=ids)
 def test_bfloat16_stays_close_to_float64(name, arguments):
-    mixer = random_mixer(name, **{**arguments, **({"topk": -1} if "topk" in arguments else {})})  # routing is not continuous
+    mixer = random_mixer(name, **{**arguments, **{k: CONTINUOUS[k] for k in arguments if k in CONTINUOUS}})
     x = torch.randn(2, 7, 5, 16, dtype=torch.float64)
     expected = mixer(x)
     y = mixer.bfloat16()(x.bfloat16())
@@ -450,7 +491,7 @@ def test_bfloat16_stays_close_to_float64(name, arguments):
 
 @pytest.mark.parametrize(("name", "arguments"), MIXERS, ids=ids)
 def test_autocast_stays_close_to_float32(name, arguments):
-    mixer = random_mixer(name, **{**arguments, **({"topk": -1} if "topk" in arguments else {})}).float()
+    mixer = random_mixer(name, **{**arguments, **{k: CONTINUOUS[k] for k in arguments if k in CONTINUOUS}}).float()
     x, extra = torch.randn(2, 7, 5, 16), torch.randn(2, 3, 16)
     expected = mixer(x, extra)
     with torch.autocast("cpu", torch.bfloat16):
@@ -466,10 +507,10 @@ def test_compiled_whole_equals_eager_with_gradients(name):
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 9, 8, 16, dtype=torch.float64, requires_grad=True)
     y = mixer(x)
-    wanted = torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])
+    wanted = torch.autograd.grad(y.square().sum(), [x, *learning(mixer)])
     z = compiled(x)
     assert_same(z, y)
-    for ours, expected in zip(torch.autograd.grad(z.square().sum(), [x, *mixer.parameters()]), wanted, strict=True):
+    for ours, expected in zip(torch.autograd.grad(z.square().sum(), [x, *learning(mixer)]), wanted, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -527,6 +568,7 @@ def test_extra_tokens_see_and_are_seen_by_everything(pad):
         ("window", (3, 4, 5), {"rank": 3, "window_size": (2, 3, 3)}),
         ("halo", (7,), {"rank": 1, "block_size": 2, "halo_size": 1}),
         ("grid", (3, 4, 5), {"rank": 3, "grid_size": 2}),
+        ("gated_positional", (3, 4, 5), {"rank": 3}),
         ("axial", (3, 4, 5), {}),
         ("criss_cross", (3, 4, 5), {}),
         ("bi_level_routing", (9,), {"rank": 1, "regions": 3, "topk": 2}),

@@ -1,13 +1,15 @@
 """What all backbones promise, whatever their table."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 
 from regard import create_model, list_mixers, list_models
 from regard.layers.blocks import DropPath
-from regard.models import count_parameters, model_card
+from regard.layers.stems import ConvDownsample
+from regard.models import Backbone, count_parameters, model_card
 
 NARROW = {"dim": 16, "head_dim": 8, "depths": (2, 1, 1, 2), "num_classes": 5}
 FAMILIES = {
@@ -18,6 +20,11 @@ FAMILIES = {
     "dinat_s": {"name": "dinat_s_tiny", "pad": "token"},
     "biformer": {"name": "biformer_tiny"},
     "biformer_stl": {"name": "biformer_stl", "pad": "token"},
+    "davit": {"name": "davit_tiny"},
+    "maxvit": {"name": "maxvit_tiny_tf_224", "stem_dim": 8},
+    "litv2": {"name": "litv2_small"},
+    "transnext": {"name": "transnext_micro"},
+    "volo": {"name": "volo_d1_224"},
 }
 family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -34,7 +41,7 @@ def test_any_size_gives_finite_logits_and_maps_of_the_stated_reduction(family, s
     assert model(image).isfinite().all()
     for x, info in zip(model.get_intermediate_layers(image, 4, reshape=True), model.feature_info, strict=True):
         assert x.shape == (2, info["num_chs"], *(-(-n // info["reduction"]) for n in size))
-        assert x.shape[1] == model.get_submodule(info["module"]).blocks[0].mixer.norm.normalized_shape[0]
+        assert x.shape[1] == model.get_submodule(info["module"]).blocks[0].mlp.norm.normalized_shape[0]
 
 
 @family
@@ -94,7 +101,7 @@ def test_maps_of_a_cut_backbone_are_those_of_the_whole(family):
     maps = cut(image)
     expected = whole.get_intermediate_layers(image, (0, 2), reshape=True)
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
-    assert [info["num_chs"] for info in cut.feature_info] == [16, 64] == [m.shape[1] for m in maps]
+    assert [info["num_chs"] for info in cut.feature_info] == [m.shape[1] for m in maps] == [m.shape[1] for m in expected]
     assert count_parameters(cut) < count_parameters(whole)
     assert len(cut.stages) == 3
 
@@ -151,6 +158,30 @@ def test_intermediate_layers_are_chosen_from_the_end_and_normed_on_request():
     assert [tuple(x.shape) for x in last_two] == [(1, 12, 64), (1, 4, 128)]
     torch.testing.assert_close(last_two[1].unflatten(1, (2, 2)), model.forward_features(image))
     assert not torch.equal(last_two[1], model.get_intermediate_layers(image, [3])[0])
+
+
+def test_a_block_that_nothing_stands_before_keeps_width_and_resolution():
+    spec = model_card("swin_tiny_patch4_window7_224").table(**{k: v for k, v in NARROW.items() if k != "num_classes"})
+    with pytest.raises(ValueError, match="keeps 16 channels and stride 1; got 8 and 1"):
+        Backbone(replace(spec, stem_dim=8))
+    with pytest.raises(ValueError, match="keeps 32 channels and stride 1; got 16 and 2"):
+        Backbone(replace(spec, downsample=None))
+    reduced = Backbone(replace(spec, stem_dim=8, first_stride=2, downsample=ConvDownsample))
+    assert [info["reduction"] for info in reduced.feature_info] == [8, 16, 32, 64]
+    assert [tuple(x.shape[1:3]) for x in reduced.run_stages(torch.randn(1, 3, 64, 40))] == [(8, 5), (4, 3), (2, 2), (1, 1)]
+
+
+def test_pooling_first_and_a_layer_before_the_logits_are_what_they_say():
+    spec = model_card("swin_tiny_patch4_window7_224").table(dim=16, head_dim=8, depths=(1, 1))
+    model = Backbone(replace(spec, pool_first=True, pre_logits=6), num_classes=3).eval()
+    image = torch.randn(2, 3, 40, 40)
+    tokens = model.forward_features(image)
+    assert torch.equal(tokens, model.run_stages(image)[-1])
+    hidden = torch.tanh(model.pre_logits.fc(model.norm(tokens.mean((1, 2)))))
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), hidden)
+    torch.testing.assert_close(model(image), model.head(hidden))
+    model.reset_classifier(4)
+    assert model(image).shape == (2, 4)
 
 
 def test_drop_path_grows_linearly_with_depth():

@@ -19,6 +19,9 @@ MODELS = {
     "dinat_s_tiny": ("official",),
     "biformer_tiny": ("official",),
     "biformer_stl": ("official",),
+    "maxvit_tiny_tf_224": ("timm",),
+    "sehalonet33ts": ("timm",),
+    "davit_tiny": ("official", "timm"),
 }
 
 
@@ -50,10 +53,20 @@ def test_isotropic_names_round_trip():
     assert same(model.state_dict(), other.state_dict())
 
 
+SHAPES = {
+    "query_minus_key_table": (25, 3),
+    "conv1x1": (6, 4, 1, 1),
+    "convolution": (6, 4, 1, 1),
+    "side_by_side": (6, 4, 1, 2),
+    "depthwise1x1": (6, 1, 1, 1),
+    "channel_map": (1, 6, 1, 1),
+    "flat_quadrant": (3, 16),
+}
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_invert(name):
-    shape = {"query_minus_key_table": (25, 3), "conv1x1": (6, 4, 1, 1)}[name]
-    theirs = torch.randn(shape)
+    theirs = torch.randn(SHAPES[name])
     ours = TRANSFORMS[name].read(theirs)
     assert torch.equal(TRANSFORMS[name].write(ours), theirs)
 
@@ -73,6 +86,16 @@ def test_rules_shift_numbers_both_ways_and_the_first_match_wins():
     assert layout.write("b.11.deep.weight") == ("a.10.deep.weight", None)
     assert layout.write("b.0.deep.weight") is None
     assert layout.read("ab.1.weight") is None
+
+
+def test_rules_scale_numbers_both_ways_and_each_reads_its_own_residue():
+    rules = (Rule("a.{i}.{j}.first.{name}", "b.{i}.{2j}.{name}"), Rule("a.{i}.{j}.second.{name}", "b.{i}.{2j+1}.{name}"))
+    layout = Layout("x", rules)
+    assert layout.read("a.3.10.first.weight") == ("b.3.20.weight", None)
+    assert layout.read("a.3.10.second.weight") == ("b.3.21.weight", None)
+    assert layout.write("b.3.20.weight") == ("a.3.10.first.weight", None)
+    assert layout.write("b.3.21.weight") == ("a.3.10.second.weight", None)
+    assert layout.write("b.0.1.weight") == ("a.0.0.second.weight", None)
 
 
 @pytest.mark.parametrize("wrap", [lambda d: {"model": d}, lambda d: {"state_dict": {f"module.{k}": v for k, v in d.items()}}])

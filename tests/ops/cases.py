@@ -92,7 +92,7 @@ def separable(rank: int):
         st.builds(P.Window, size, per_axis(st.integers(0, 5), rank), st.sampled_from(("mask", "zero"))),
         st.builds(P.Halo, size, per_axis(st.integers(0, 3), rank), st.sampled_from(("zero", "mask", "shift"))),
         st.builds(P.Grid, size),
-        st.builds(P.Axis, st.integers(-rank, rank - 1)),
+        st.builds(P.Axis, st.integers(-rank, rank - 1), st.booleans()),
     )
 
 
@@ -118,6 +118,15 @@ def blocks(draw, grid: tuple[int, ...], batch: int, heads: int) -> P.Blocks:
 
 
 @st.composite
+def listed_tokens(draw, grid: tuple[int, ...], batch: int, heads: int) -> P.Tokens:
+    """Lists of keys for every query, with holes and repetitions, shared or not over batch and heads."""
+    tokens = math.prod(grid)
+    shape = [draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), tokens, draw(st.integers(1, 5))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return P.Tokens(torch.randint(-1, tokens, shape, generator=generator))
+
+
+@st.composite
 def clusters(draw, grid: tuple[int, ...], batch: int, heads: int) -> P.Clusters:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     shape = [draw(st.sampled_from((1, batch))), math.prod(grid)]
@@ -135,7 +144,7 @@ def cases(draw, routed: bool | None = None) -> Case:
     batch = draw(st.integers(1, 2))
     routed = draw(st.booleans()) if routed is None else routed
     if routed:
-        kind = st.one_of(blocks(grid, batch, heads), clusters(grid, batch, heads))
+        kind = st.one_of(blocks(grid, batch, heads), listed_tokens(grid, batch, heads), clusters(grid, batch, heads))
         pattern = draw(st.one_of(kind, kind, st.builds(lambda a, b: a | b, kind, st.builds(P.Grid, st.integers(1, 3)))))
     elif heads > 1 and draw(st.integers(0, 3)) == 0:
         pattern = P.PerHead(((draw(static(rank)), 1), (draw(static(rank)), heads - 1)))

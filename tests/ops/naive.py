@@ -70,7 +70,9 @@ def grid_axis(pattern: P.Grid, axis: int, q: int, length: int) -> list[int]:
 
 
 def axis_axis(pattern: P.Axis, axis: int, q: int, length: int, rank: int) -> list[int]:
-    return list(range(length)) if axis == pattern.axis % rank else [q]
+    if axis != pattern.axis % rank:
+        return [q]
+    return [k for k in range(length) if k <= q or not pattern.causal]
 
 
 AXES: dict[type, Callable] = {

@@ -58,6 +58,16 @@ def test_permuting_tokens_permutes_the_output():
     torch.testing.assert_close(permuted, channel_attend(q, k, v)[:, order])
 
 
+def test_values_may_lie_on_another_grid():
+    q, k = torch.randn(2, 2, 6, 2, 4, dtype=torch.float64).unbind()
+    v = torch.randn(2, 3, 5, 2, 4, dtype=torch.float64)
+    ours = channel_attend(q, k, v)
+    weights = (torch.einsum("bnhi,bnhj->bhij", q, k) / 2).softmax(-1)
+    torch.testing.assert_close(ours, torch.einsum("bhij,bxyhj->bxyhi", weights, v), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"v \(2, 6, 2, 3\)"):
+        channel_attend(q, k, torch.randn(2, 6, 2, 3, dtype=torch.float64))
+
+
 def test_large_scores_stay_finite():
     q, k, v = (1e4 * torch.randn(3, 1, 4, 1, 3, dtype=torch.float64)).unbind()
     for kind in ("softmax", "softmax_plus_one", "reversed_softmax"):

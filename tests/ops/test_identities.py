@@ -166,6 +166,23 @@ def test_halo_is_attention_per_block_on_the_zero_padded_map():
     assert P.Halo(block, 0).mask((9, 6)).equal(P.Window(block).mask((9, 6)))
 
 
+@pytest.mark.parametrize("border", ["zero", "mask", "shift"])
+@pytest.mark.parametrize("grid", [(12, 8), (7, 9), (3, 2)])
+def test_strided_halo_gives_the_rows_of_the_queries_that_are_left(border, grid):
+    q, k, v = qkv(*grid)
+    strided, whole = P.Halo(4, 3, border, stride=2), P.Halo(4, 3, border)
+    table = torch.randn(2, 13, 13, dtype=torch.float64)
+    few = q[:, ::2, ::2].contiguous()
+    assert strided.mask(few.shape[1:3], grid).equal(whole.mask(grid).unflatten(0, grid)[::2, ::2].flatten(0, 1))
+    assert strided.degree(few.shape[1:3], grid).equal(whole.degree(grid)[::2, ::2])
+    assert P.parse(strided.spec) == strided
+    for backend in (*BACKENDS, "dense"):
+        close(attend(few, k, v, strided, backend=backend), attend(q, k, v, whole, backend=backend)[:, ::2, ::2])
+        if border != "shift":  # there offsets reach further
+            biased = attend(few, k, v, strided, bias=HeadTable(table, strided), backend=backend)
+            close(biased, attend(few, k, v, strided, bias=HeadTable(table, strided), backend="reference"))
+
+
 def test_criss_cross_counts_the_centre_once():
     q, k, v = qkv(5, 7)
     expected = torch.empty_like(v)
@@ -223,6 +240,17 @@ def test_order_and_repetition_of_listed_blocks_are_irrelevant():
     for backend in BACKENDS:
         out = attend(q, k, v, P.Blocks(table, (2, 3)), backend=backend)
         close(attend(q, k, v, P.Blocks(again, (2, 3)), backend=backend), out)
+
+
+def test_listed_tokens_are_the_rows_of_a_mask_on_grids_of_different_rank():
+    q, *_ = qkv(3, 5)
+    k, v = (torch.randn(2, 20, *q.shape[-2:], dtype=q.dtype) for _ in range(2))
+    table = torch.stack([torch.randperm(20)[:4] for _ in range(2 * q.shape[-2] * 15)]).view(2, q.shape[-2], 15, 4)
+    mask = torch.zeros(2, q.shape[-2], 15, 20, dtype=torch.bool).scatter(-1, table, True)
+    assert torch.equal(P.Tokens(table).mask((15,), (20,)), mask)
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    for backend in BACKENDS:
+        close(attend(q, k, v, P.Tokens(table), backend=backend), attend(q, k, v, bias=bias))
 
 
 def test_blocks_that_list_everything_are_dense():

@@ -40,7 +40,7 @@ def test_text_form_binds_and_before_or():
 
 
 def test_every_pattern_names_its_source():
-    for kind in (P.Dense, P.Causal, P.Window, P.Neighborhood, P.Halo, P.Grid, P.Axis, P.Blocks, P.Clusters):
+    for kind in (P.Dense, P.Causal, P.Window, P.Neighborhood, P.Halo, P.Grid, P.Axis, P.Blocks, P.Tokens, P.Clusters):
         assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}", kind.source)
 
 
@@ -57,6 +57,8 @@ def test_routed_patterns_are_pytree_nodes():
     assert isinstance(again, P.Blocks)
     assert again.block == (2, 3)
     assert again.table.eq(1).all()
+    (leaf,), spec = pytree.tree_flatten(P.Tokens(table))
+    assert isinstance(pytree.tree_unflatten([leaf], spec), P.Tokens)
     labels = P.Clusters(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 6, dtype=torch.long))
     assert len(pytree.tree_leaves(labels)) == 2
 
@@ -86,7 +88,9 @@ def test_a_bias_table_of_the_extent_holds_every_visible_offset(drawn):
     (lambda: P.Neighborhood(3, causal=True, border="zero"), ["border='zero'", "causal=True"]),
     (lambda: P.Neighborhood((3, 3), dilation=(1, 1, 1)).mask((4, 4)), ["different lengths", "(1, 1, 1)"]),
     (lambda: P.Halo(4, 1, border="wrap"), ["'shift', 'mask' or 'zero'", "'wrap'"]),
+    (lambda: P.Halo(4, 1, stride=3), ["stride must divide block", "stride=3", "block=4"]),
     (lambda: P.Axis(True), ["axis must be an int", "True"]),
+    (lambda: P.Axis(0, causal=1), ["causal must be a bool", "1"]),
     (lambda: P.PerHead({P.Window(7): 0}), ["PerHead", "Window(7)", "0"]),
     (lambda: P.PerHead({"window(7)": 1}), ["PerHead", "'window(7)'"]),
     (lambda: P.Blocks(torch.zeros(3, 2), 4), ["table must be integers", "torch.float32", "(3, 2)"]),
@@ -97,6 +101,7 @@ def test_a_bias_table_of_the_extent_holds_every_visible_offset(drawn):
     (lambda: P.Causal().axis_window(0, torch.arange(3), 3, 2), ["raster order", "flattened"]),
     (lambda: P.Blocks(torch.zeros(1, 3, 2, dtype=torch.long), 4).mask((8,)), ["3 query blocks", "(8,)", "4", "has 2"]),
     (lambda: P.Blocks(torch.zeros(1, 2, 2, dtype=torch.long), 4).mask((8,), (4, 4)), ["one rank", "(8,)", "(4, 4)"]),
+    (lambda: P.Tokens(torch.zeros(1, 3, 2, dtype=torch.long)).mask((4, 2)), ["keys for 3 queries", "(4, 2)", "has 8"]),
     (lambda: P.Clusters(torch.zeros(1, 3, dtype=torch.long)).mask((8,)), ["3 query labels", "(8,)", "8 tokens"]),
     (lambda: (P.Clusters(torch.zeros(1, 8, dtype=torch.long)) | P.Halo(2, 1)).mask((8,)), ["zero keys", "Halo(2, 1)"]),
     (lambda: P.parse("windw(7)"), ["'windw(7)'", "unknown pattern 'windw'", "neighborhood", "window"]),

@@ -18,6 +18,7 @@ PATTERNS = [
     Window(4, pad="zero"),
     Grid(2),
     Axis(1),
+    Axis(0, causal=True),
     Neighborhood(3, dilation=(1, 2)),
     Neighborhood(4, causal=(True, False), stride=2),
     Neighborhood(3, border="zero"),

@@ -19,6 +19,8 @@ from skimage import data
 from torch import Tensor, nn
 
 from regard import list_models
+from regard.layers.mixers import PatternMixer
+from regard.ops.patterns import parse
 
 PROPERTIES = ("gradients", "batch", "bfloat16", "state_dict", "compile", "export", "seed", "errors")
 COLUMNS = ["id", "slug", "name", "title", "arxiv", "year", "kind", "area", "entry", "sizes", "exempt"]
@@ -49,19 +51,79 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
     return patches.unflatten(-1, (15, 20)).movedim(1, -1)
 
 
+NARROW = {"dim": 16, "head_dim": 8, "depths": (2, 1, 1, 1)}
+ISOTROPIC = {"dim": 16, "head_dim": 8, "depth": 4}
+NARROW_OTHERWISE = {  # tables of one resolution, and those that list the widths of their stages
+    "evit": ISOTROPIC,
+    "convit": ISOTROPIC,
+    "sparsifiner": ISOTROPIC,
+    "efficientvit_msra": {"dims": (16, 24, 32), "heads": (2, 3, 2), "window_sizes": (3, 2, 2)},
+    "patnet": {"dim": 16, "depths": (2, 1, 1, 1)},
+    "shvit": {"dims": (16, 24, 32), "depths": (2, 1, 1), "parts": (None, 7, 8)},
+    "overlock": {  # without the overview's classifier, which only training uses, in forward_both
+        "dims": (8, 12, 16, 24),
+        "depths": (1, 1, 1, 1),
+        "focus_depths": (2, 1),
+        "focus_heads": (2, 1),
+        "kernel_sizes": (7, 5, 7, 5),
+        "features": 32,
+        "auxiliary": False,
+    },
+}
+
+
 def backbone(row: dict[str, str], **options) -> nn.Module:
     """The first published size, narrow and shallow."""
-    narrow = {"dim": 16, "head_dim": 8, "num_classes": 5, "depths": (2, 1, 1, 1), "drop_path_rate": 0.0}
-    return resolve_name(row["entry"])(row["sizes"].split()[0], **narrow, **options)
+    narrow = NARROW_OTHERWISE.get(row["slug"], NARROW)
+    return resolve_name(row["entry"])(row["sizes"].split()[0], num_classes=5, drop_path_rate=0.0, **narrow, **options)
 
 
 def mixer(row: dict[str, str], **options) -> nn.Module:
     return resolve_name(row["entry"])(48, 4, **options)
 
 
+def operator(row: dict[str, str], **options) -> nn.Module:
+    """The first pattern, between projections."""
+    return PatternMixer(48, 4, parse(row["sizes"].split()[0]), relative_bias=False, rank=2, **options)
+
+
+def maps(dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same channels first (2, 48, 15, 20)."""
+    return tokens(dtype).movedim(-1, 1)
+
+
+def gate(row: dict[str, str], **options) -> nn.Module:
+    return resolve_name(row["entry"])(48, **options)
+
+
+def levels(dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same as integers of eight levels (2, 3, 15, 20), whatever the dtype of the model."""
+    small = F.interpolate(photos(), (15, 20), mode="bilinear", antialias=True)
+    return (2 * small + 4).long().clamp(0, 7)
+
+
+def generator(row: dict[str, str], **options) -> nn.Module:
+    """A small one for the integers above."""
+    return resolve_name(row["entry"])((15, 20), 3, 8, 16, 2, outer=1, inner=1, encoder=1, **options)
+
+
+def runs(dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same in 15 groups of 60 integers."""
+    return levels(dtype).flatten(1).unflatten(1, (15, 60))
+
+
+def decoder(row: dict[str, str], **options) -> nn.Module:
+    """A small one for the groups above."""
+    return resolve_name(row["entry"])("(1)1(1)", 15, 60, 2, 8, 16, 32, 2, 4, **options)
+
+
 KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "backbone": (backbone, photos),
     "mixer": (mixer, tokens),
+    "gate": (gate, maps),
+    "operator": (operator, tokens),
+    "generator": (generator, levels),
+    "decoder": (decoder, runs),
 }
 
 

@@ -200,6 +200,23 @@ class ResidualConvNorm(ConvNorm):
         return _like(self.conv, weight, bias)
 
 
+class ConvNormMLP(nn.Module):
+    """``reduce(act(expand(x)))``: two 1 x 1 convolutions with batch norm, of which the last starts as nothing.
+
+    Args:
+        dim, hidden: channels in and out, and between.
+        act: class of the activation.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, act: Activation = nn.ReLU, device=None, dtype=None) -> None:
+        super().__init__()
+        self.expand = ConvNorm(dim, hidden, act=act, device=device, dtype=dtype)
+        self.reduce = ConvNorm(hidden, dim, gamma=0.0, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.expand(x))
+
+
 class NormLinear(nn.Module):
     """``linear(norm(x))`` of vectors ``(batch, dim)`` with batch norm: a classifier that is one linear layer after fusing.
 
@@ -216,7 +233,7 @@ class NormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
 
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> nn.Linear:
         """The linear layer that this is in eval mode."""
         norm, linear = self.norm, self.linear
         scale, shift = _affine(norm)

@@ -89,3 +89,26 @@ class GLU(MLP):
     def hidden(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, -1)
         return self.act(gate) * value
+
+
+class ConvGLU(GLU):
+    """A gated linear unit whose gate looks around, ``fc2(act(conv(gate)) * value)`` with a depthwise convolution.
+
+    Args:
+        dim, hidden, out, **options: see :class:`GLU`.
+        kernel_size: of the convolution.
+        rank: number of grid axes, 1 to 3.
+
+    Source: Shi, TransNeXt, arXiv:2311.17132.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int | None = None, out: int | None = None, *, kernel_size: int = 3, rank: int = 2, **options
+    ) -> None:
+        super().__init__(dim, hidden, out, **options)
+        like = self.fc1.weight
+        self.conv = depthwise(self.fc2.in_features, kernel_size, rank, device=like.device, dtype=like.dtype)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, -1)
+        return self.act(convolve_tokens(self.conv, gate)) * value

@@ -53,7 +53,7 @@ class TokenMap(NamedTuple):
         known = self.place >= 0
         at = self.place.clamp(min=0)
         place = moved.gather(1, at).masked_fill(~known, -1)
-        return TokenMap(place, self.alive & survives.gather(1, at) & known, present)
+        return TokenMap(place, self.alive & survives.gather(1, at), present)
 
     def restore(self, x: Tensor, prefix: int = 1) -> Tensor:
         """Put features back on their places.

@@ -46,6 +46,38 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(image).movedim(1, -1))
 
 
+class OverlapPatchEmbed(nn.Module):
+    """Overlapping patches: one strided convolution, then a norm.
+
+    Args:
+        in_chans, dim: channels in and out.
+        kernel_size: of the convolution, odd.
+        stride: pixels per token.
+        norm: constructor of the norm.
+
+    Source: Wang et al., PVT v2, arXiv:2106.13797.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        *,
+        kernel_size: int = 7,
+        stride: int = 4,
+        norm: Norm = nn.LayerNorm,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.reduction = stride
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, device=device, dtype=dtype)
+        self.norm = norm(dim, device=device, dtype=dtype)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.proj(image).movedim(1, -1))
+
+
 class ConvTokenizer(nn.Module):
     """Two overlapping convolutions of stride 2 without an activation between them, then a norm.
 

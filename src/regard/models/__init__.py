@@ -1,27 +1,68 @@
 """Backbones by name, with timm's outside: any input size, any token mixer, any published checkpoint."""
 
-from . import biformer, compact, nat, swin
+from . import (
+    biformer,
+    compact,
+    convit,
+    davit,
+    efficientvit_msra,
+    evit,
+    halonet,
+    lit,
+    maxvit,
+    nat,
+    overlock,
+    patnet,
+    shvit,
+    sparsifiner,
+    swin,
+    tic,
+    transnext,
+    vit,
+    volo,
+)
+from .axial_transformer import AxialTransformer
 from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, StageSpec, count_parameters
 from .checkpoints import export_state_dict, load_checkpoint, save_checkpoint
+from .fit import FIT, FITAutoregressive, FITDenoiser
 from .registry import ModelCard, create_model, list_models, model_card, register_models
 
 __all__ = [
+    "FIT",
+    "AxialTransformer",
     "Backbone",
     "BackboneSpec",
     "BlockSpec",
+    "FITAutoregressive",
+    "FITDenoiser",
     "FeatureBackbone",
     "ModelCard",
     "StageSpec",
     "biformer",
     "compact",
+    "convit",
     "count_parameters",
     "create_model",
+    "davit",
+    "efficientvit_msra",
+    "evit",
     "export_state_dict",
+    "halonet",
     "list_models",
+    "lit",
     "load_checkpoint",
+    "maxvit",
     "model_card",
     "nat",
+    "overlock",
+    "patnet",
     "register_models",
     "save_checkpoint",
+    "shvit",
+    "sparsifiner",
     "swin",
+    "tic",
+    "transnext",
+    "vit",
+    "volo",
 ]

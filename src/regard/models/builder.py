@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.blocks import LayerScale, Residual
-from ..layers.mixers import create_mixer
+from ..layers.mixers import AttentionMixer, create_mixer
 from ..layers.mlps import MLP
-from ..layers.positions import ConvPosition, OffsetBias
+from ..layers.positions import ConvPosition, bias_parameters
 from ..layers.stems import Norm, PatchEmbed, PatchMerging
 from .checkpoints import Layout
 
@@ -31,20 +32,32 @@ MixerChoice = str | tuple[str, Mapping[str, Any]] | list["str | tuple[str, Mappi
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The token mixer of one block: a registered name or a constructor, and its options besides ``dim`` and ``heads``."""
+    """The token mixer of one block, and what stands before it.
 
-    mixer: str | Callable[..., nn.Module]
+    Args:
+        mixer: a registered name or a constructor; None for a block without one.
+        options: of the mixer, besides ``dim`` and ``heads``.
+        before: a module on tokens at the start of the block, called with ``(dim_in, dim, stride, drop_path=...)``; where the
+            table has no ``downsample``, that of a stage's first block changes width and resolution.
+    """
+
+    mixer: str | Callable[..., nn.Module] | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    before: Callable[..., nn.Module] | None = None
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """``depth`` blocks at one resolution; their mixers repeat ``period``, so that alternation is data."""
+    """``depth`` blocks at one resolution; their mixers repeat ``period``, so that alternation is data.
+
+    ``mlp_ratio`` is the backbone's where it is None.
+    """
 
     dim: int
     heads: int
     depth: int
     period: tuple[BlockSpec, ...]
+    mlp_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,31 +67,56 @@ class BackboneSpec:
     Args:
         stages: from fine to coarse.
         stem: called with ``(in_chans, dim)``; its ``reduction`` is the number of pixels per token.
-        downsample: between stages, called with ``(dim, next_dim)``; halves both sides.
+        stem_dim: channels of the stem; those of the first stage by default.
+        first_stride: by how much the first stage reduces the sides of the stem's grid.
+        downsample: at the start of a stage that is coarser than what it gets, called with ``(dim, next_dim)``; halves both
+            sides. None where the first block of the stage does it.
+        block: makes a block, called as :class:`Block` is; that by default.
         norm: of the blocks, called with ``dim``.
         final_norm: after the last stage; ``norm`` by default.
+        stage_norm: after each stage but the last; None for none.
+        mlp: of the blocks, called with ``(dim, hidden)``.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         position_kernel: size of the depthwise convolution that encodes positions at the start of each block; 0 for none.
+        mlp_position_kernel: likewise before the MLP.
         layer_scale: initial scale of the residual branches; None for none.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        unit: how many consecutive blocks share a rate of stochastic depth.
+        num_features: channels after ``final_norm`` where it changes them.
+        pool_first: whether tokens are pooled before ``final_norm``.
+        pre_logits: channels of a linear layer with tanh between pooling and classifier; 0 for none.
+        head: the classifier, called with the width of the pooled features and ``num_classes``.
         num_classes: outputs of the classifier.
         layouts: the names of published checkpoints.
+        network: the module that :func:`regard.create_model` builds from the table; :class:`Backbone` by default.
     """
 
     stages: tuple[StageSpec, ...]
     stem: Callable[..., nn.Module] = PatchEmbed
-    downsample: Callable[..., nn.Module] = PatchMerging
+    stem_dim: int | None = None
+    first_stride: int = 1
+    downsample: Callable[..., nn.Module] | None = PatchMerging
+    block: Callable[..., nn.Module] | None = None
     norm: Norm = nn.LayerNorm
     final_norm: Norm | None = None
+    stage_norm: Norm | None = None
+    mlp: Callable[..., nn.Module] = MLP
     mlp_ratio: float = 4.0
     position_kernel: int = 0
+    mlp_position_kernel: int = 0
     layer_scale: float | None = None
     drop_path: float = 0.0
+    unit: int = 1
+    num_features: int | None = None
+    pool_first: bool = False
+    pre_logits: int = 0
+    head: Callable[..., nn.Module] = nn.Linear
     num_classes: int = 1000
     layouts: tuple[Layout, ...] = ()
+    network: Callable[..., Backbone] | None = None
 
     def with_mixer(self, mixer: MixerChoice) -> BackboneSpec:
-        """The same table with another token mixer in every block, and without the names of published checkpoints.
+        """The same table with another token mixer in every block that has one, and without the names of checkpoints.
 
         Args:
             mixer: a registered name, or a name and options, ``("window", {"window_size": 4})``; a list of these is a period
@@ -91,8 +129,16 @@ class BackboneSpec:
         period = tuple(_block_spec(choice) for choice in choices)
         if not period:
             raise ValueError("mixer must name at least one mixer; got an empty list")
-        stages = tuple(replace(stage, period=period) for stage in self.stages)
-        return replace(self, stages=stages, layouts=())
+
+        def swapped(stage: StageSpec) -> StageSpec:
+            lines = [stage.period[i % len(stage.period)] for i in range(stage.depth)]
+            blocks = tuple(
+                line if line.mixer is None else replace(line, mixer=choice.mixer, options=choice.options)
+                for line, choice in zip(lines, cycle(period), strict=False)
+            )
+            return replace(stage, period=blocks)
+
+        return replace(self, stages=tuple(map(swapped, self.stages)), layouts=())
 
 
 def _block_spec(choice: object) -> BlockSpec:
@@ -110,33 +156,69 @@ def _block_spec(choice: object) -> BlockSpec:
 # modules
 
 
-class Block(nn.Sequential):
-    """Position encoding (where the table has one), token mixer and MLP, the last two as residual branches."""
+def make_mixer(block: BlockSpec, dim: int, heads: int, **factory) -> nn.Module:
+    """The token mixer of a block that has one."""
+    options = {"dim": dim, "heads": heads, **block.options, **factory}
+    if block.mixer is None:
+        raise ValueError("a block without a token mixer was asked for it")
+    return create_mixer(block.mixer, **options) if isinstance(block.mixer, str) else block.mixer(**options)
 
-    def __init__(self, spec: BackboneSpec, stage: StageSpec, block: BlockSpec, drop_path: float, **factory) -> None:
+
+class Block(nn.Sequential):
+    """Token mixer (where the table has one) and MLP as residual branches, and what the table puts before them.
+
+    Args:
+        spec, stage, block: the table, and the lines of it that are meant.
+        drop_path: rate of stochastic depth.
+        dim_in: channels of the tokens that enter; those of the stage by default.
+        stride: by how much the block reduces the sides of the grid.
+
+    Raises:
+        ValueError: nothing in the block changes the width or the resolution.
+    """
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        stage: StageSpec,
+        block: BlockSpec,
+        drop_path: float,
+        *,
+        dim_in: int | None = None,
+        stride: int = 1,
+        **factory,
+    ) -> None:
         dim = stage.dim
-        options = {"dim": dim, "heads": stage.heads, **block.options, **factory}
-        mixer = create_mixer(block.mixer, **options) if isinstance(block.mixer, str) else block.mixer(**options)
-        mlp = MLP(dim, int(dim * spec.mlp_ratio), **factory)
+        dim_in = dim_in or dim
+        if block.before is None and (dim_in != dim or stride > 1):
+            raise ValueError(f"a block with nothing before it keeps {dim} channels and stride 1; got {dim_in} and {stride}")
+        ratio = spec.mlp_ratio if stage.mlp_ratio is None else stage.mlp_ratio
 
         def residual(op: nn.Module) -> Residual:
             scale = None if spec.layer_scale is None else LayerScale(dim, spec.layer_scale, **factory)
             return Residual(spec.norm(dim, **factory), op, scale, drop_path)
 
         parts: OrderedDict[str, nn.Module] = OrderedDict()
+        if block.before is not None:
+            parts["before"] = block.before(dim_in, dim, stride, drop_path=drop_path, **factory)
         if spec.position_kernel:
             parts["position"] = ConvPosition(dim, spec.position_kernel, **factory)
-        parts["mixer"], parts["mlp"] = residual(mixer), residual(mlp)
+        if block.mixer is not None:
+            parts["mixer"] = residual(make_mixer(block, dim, stage.heads, **factory))
+        if spec.mlp_position_kernel:
+            parts["mlp_position"] = ConvPosition(dim, spec.mlp_position_kernel, **factory)
+        parts["mlp"] = residual(spec.mlp(dim, int(dim * ratio), **factory))
         super().__init__(parts)
 
 
 class Stage(nn.Module):
-    """Downsampling (all stages but the first) and blocks."""
+    """Downsampling (of most stages), blocks, and a norm where the table has one."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,8 +226,8 @@ class Stage(nn.Module):
         if self.grad_checkpointing and self.training:
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-            return x
-        return self.blocks(x)
+            return self.norm(x)
+        return self.norm(self.blocks(x))
 
 
 class Staged(nn.Module):
@@ -163,11 +245,15 @@ class Staged(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         self.unused_keys: frozenset[str] = frozenset()
 
-    def run_stages(self, image: Tensor) -> list[Tensor]:
-        """The tokens ``(batch, rows, columns, dim)`` after each stage."""
+    def embed(self, image: Tensor) -> Tensor:
+        """The tokens ``(batch, rows, columns, dim)`` of the stem."""
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
             raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
-        x = self.stem(image)
+        return self.stem(image)
+
+    def run_stages(self, image: Tensor) -> list[Tensor]:
+        """The tokens ``(batch, rows, columns, dim)`` after each stage."""
+        x = self.embed(image)
         outputs = []
         for stage in self.stages:
             x = stage(x)
@@ -176,7 +262,7 @@ class Staged(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone besides norms and biases: relative bias tables."""
-        return {f"{name}.table" for name, module in self.named_modules() if isinstance(module, OffsetBias)}
+        return bias_parameters(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -196,7 +282,7 @@ class Backbone(Staged):
         drop_path_rate: stochastic depth of the last block, the table's by default.
 
     Attributes:
-        num_features: channels of the last stage.
+        num_features: channels of :meth:`forward_features`.
         num_prefix_tokens: tokens besides the grid; 0.
     """
 
@@ -214,16 +300,20 @@ class Backbone(Staged):
         dtype=None,
     ) -> None:
         factory = {"device": device, "dtype": dtype}
-        stem = spec.stem(in_chans, spec.stages[0].dim, **factory)
+        stem = spec.stem(in_chans, spec.stem_dim or spec.stages[0].dim, **factory)
         drop_path = spec.drop_path if drop_path_rate is None else drop_path_rate
         super().__init__(spec, in_chans, stem, _stages(spec, drop_path, factory))
-        reductions = [stem.reduction * 2**i for i in range(len(spec.stages))]
+        reductions = [stem.reduction * (spec.first_stride * 2**i) for i in range(len(spec.stages))]
         self.feature_info = [
             {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
             for index, (stage, reduction) in enumerate(zip(spec.stages, reductions, strict=True))
         ]
-        self.num_features = spec.stages[-1].dim
-        self.norm = (spec.final_norm or spec.norm)(self.num_features, **factory)
+        self.num_features = spec.num_features or spec.stages[-1].dim
+        self.norm = (spec.final_norm or spec.norm)(spec.stages[-1].dim, **factory)
+        self.pre_logits: nn.Module = nn.Identity()
+        if spec.pre_logits:
+            fc = nn.Linear(self.num_features, spec.pre_logits, **factory)
+            self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(spec.num_classes if num_classes is None else num_classes)
         self.apply(_init_weights)
@@ -232,22 +322,28 @@ class Backbone(Staged):
         """Replace the classifier by a new one; 0 removes it."""
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0; got {num_classes}")
-        like = next(self.norm.parameters())
+        like = next(self.parameters())
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()
-        self.unused_keys = frozenset({"head.weight", "head.bias"})
+        pooled = self.spec.pre_logits or self.num_features
+        self.unused_keys = frozenset(f"head.{key}" for key in self.spec.head(pooled, 1, device="meta").state_dict())
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            self.head = self.spec.head(pooled, num_classes, device=like.device, dtype=like.dtype)
             self.head.apply(_init_weights)
+            self.head.train(self.training)
             self.unused_keys = frozenset()
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """The normalised tokens of the last stage, ``(batch, rows, columns, num_features)``."""
-        return self.norm(self.run_stages(image)[-1])
+        """The tokens of the last stage, normalised unless they are pooled first: ``(batch, rows, columns, num_features)``."""
+        x = self.run_stages(image)[-1]
+        return x if self.spec.pool_first else self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the tokens of :meth:`forward_features` and classify them; ``pre_logits`` stops before the classifier."""
-        x = self.head_drop(x.mean((1, 2)))
+        x = x.mean((1, 2))
+        if self.spec.pool_first:
+            x = self.norm(x)
+        x = self.head_drop(self.pre_logits(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -263,26 +359,40 @@ class Backbone(Staged):
             image: ``(batch, in_chans, height, width)``.
             n: how many stages, or their indices.
             reshape: return maps ``(batch, dim, rows, columns)`` instead of sequences ``(batch, rows * columns, dim)``.
-            norm: apply the final norm to the last stage; the others have none.
+            norm: apply the final norm to the last stage; it is not for single tokens where they are pooled first.
         """
         count = len(self.stages)
         indices = stage_indices(range(-n, 0) if isinstance(n, int) else n, count)
         outputs = self.run_stages(image)
-        if norm:
+        if norm and not self.spec.pool_first:
             outputs[-1] = self.norm(outputs[-1])
         return [outputs[i].movedim(-1, 1) if reshape else outputs[i].flatten(1, 2) for i in indices]
 
+    def cut(self, out_indices: Sequence[int] | None = None) -> FeatureBackbone:
+        """The maps of some stages, see :class:`FeatureBackbone`."""
+        return FeatureBackbone(self, out_indices)
+
 
 def _stages(spec: BackboneSpec, drop_path: float, factory: dict[str, Any]) -> list[Stage]:
-    total = sum(stage.depth for stage in spec.stages)
-    rates = [drop_path * i / max(total - 1, 1) for i in range(total)]
+    units = sum(stage.depth for stage in spec.stages) // spec.unit
+    rates = [drop_path * i / max(units - 1, 1) for i in range(units)]
     stages: list[Stage] = []
+    first, dim_in = 0, spec.stem_dim or spec.stages[0].dim
     for index, stage in enumerate(spec.stages):
-        first = sum(earlier.depth for earlier in spec.stages[:index])
-        mixers = [stage.period[i % len(stage.period)] for i in range(stage.depth)]
-        blocks = [Block(spec, stage, mixer, rates[first + i], **factory) for i, mixer in enumerate(mixers)]
-        downsample = spec.downsample(spec.stages[index - 1].dim, stage.dim, **factory) if index else nn.Identity()
-        stages.append(Stage(downsample, blocks))
+        stride = 2 if index else spec.first_stride
+        downsample: nn.Module = nn.Identity()
+        if spec.downsample is not None and stride > 1:
+            downsample = spec.downsample(dim_in, stage.dim, **factory)
+            dim_in, stride = stage.dim, 1
+        blocks = []
+        for i in range(stage.depth):
+            line, rate = stage.period[i % len(stage.period)], rates[(first + i) // spec.unit]
+            blocks.append((spec.block or Block)(spec, stage, line, rate, dim_in=dim_in, stride=stride, **factory))
+            dim_in, stride = stage.dim, 1
+        first += stage.depth
+        last = index == len(spec.stages) - 1
+        norm = None if last or spec.stage_norm is None else spec.stage_norm(stage.dim, **factory)
+        stages.append(Stage(downsample, blocks, norm))
     return stages
 
 
@@ -301,7 +411,7 @@ class FeatureBackbone(Staged):
         super().__init__(backbone.spec, backbone.in_chans, backbone.stem, stages)
         self.out_indices = chosen
         self.feature_info = [backbone.feature_info[i] for i in chosen]
-        self.unused_keys = frozenset(backbone.state_dict()) | backbone.unused_keys | {"head.weight", "head.bias"}
+        self.unused_keys = frozenset(backbone.state_dict()) | backbone.unused_keys
 
     def forward(self, image: Tensor) -> list[Tensor]:
         outputs = self.run_stages(image)
@@ -326,6 +436,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, AttentionMixer):
+        module.initialise()  # after its layers: they come before the module that holds them
 
 
 def count_parameters(model: nn.Module) -> int:

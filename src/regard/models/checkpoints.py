@@ -1,8 +1,8 @@
 """Checkpoints: regard's own names, the official ones and timm's, read and written.
 
 A family states its foreign layouts as data: ordered rules ``(pattern, target, transform)``. In a pattern ``{i}`` and ``{j}``
-stand for numbers, which may be shifted (``{i+1}``), any other ``{name}`` for the rest of a name; the same templates read in
-both directions, so a layout that loads also saves.
+stand for numbers, which may be scaled and shifted (``{i+1}``, ``{2j+1}``), any other ``{name}`` for the rest of a name; the
+same templates read in both directions, so a layout that loads also saves.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..layers.positions import OffsetBias, resize_offset_table
+from ..layers.positions import bias_parameters, resize_offset_table
 
-_FIELD = re.compile(r"\\\{(\w+)(?:\\\+(\d+))?\\\}")
+_FIELD = re.compile(r"\{(\d*)(\w+)(?:\+(\d+))?\}")
 _NESTED = ("model", "state_dict")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 
@@ -50,11 +50,28 @@ def _write_query_minus_key(table: Tensor) -> Tensor:
     return table.flip(1, 2).permute(1, 2, 0).flatten(0, 1)
 
 
+def _read_flat_quadrant(quadrant: Tensor) -> Tensor:
+    size = math.isqrt(quadrant.shape[1])
+    return quadrant.unflatten(1, (size, size))
+
+
 TRANSFORMS: dict[str, Transform] = {
     # [(2M-1)^2, heads] indexed by query minus key  <->  (heads, 2M-1, 2M-1) indexed by key minus query
     "query_minus_key_table": Transform(_read_query_minus_key, _write_query_minus_key),
     # the 1x1 convolution of a channels-first network  <->  a linear layer
     "conv1x1": Transform(lambda weight: weight[..., 0, 0], lambda weight: weight[..., None, None]),
+    # a convolution, stored as a matrix by some releases where it is 1x1  <->  a convolution
+    "convolution": Transform(lambda weight: weight if weight.ndim == 4 else weight[..., None, None], lambda weight: weight),
+    # [out, in, 1, 2], a convolution across two stacked vectors  <->  a linear layer of both side by side
+    "side_by_side": Transform(
+        lambda weight: torch.cat([weight[..., 0, 0], weight[..., 0, 1]], 1),
+        lambda weight: torch.stack(weight.chunk(2, 1), -1).unsqueeze(2),
+    ),
+    # the depthwise 1x1 convolution, or the (1, channels, 1, 1) map, of a channels-first network  <->  a vector
+    "depthwise1x1": Transform(lambda weight: weight[:, 0, 0, 0], lambda factor: factor[:, None, None, None]),
+    "channel_map": Transform(lambda values: values[0, :, 0, 0], lambda values: values[None, :, None, None]),
+    # [heads, M^2] indexed by the distances down and across  <->  (heads, M, M)
+    "flat_quadrant": Transform(_read_flat_quadrant, lambda quadrant: quadrant.flatten(1)),
 }
 
 
@@ -99,34 +116,36 @@ class Layout:
 
 
 @lru_cache(maxsize=1024)
-def _compile(template: str) -> tuple[re.Pattern[str], dict[str, int]]:
-    """A template as a regular expression, and how far each of its numbers is shifted."""
-    shifts: dict[str, int] = {}
-
-    def group(match: re.Match[str]) -> str:
-        name, shift = match[1], int(match[2] or 0)
+def _compile(template: str) -> tuple[re.Pattern[str], dict[str, tuple[int, int]]]:
+    """A template as a regular expression, and by how much each of its numbers is scaled and shifted."""
+    numbers: dict[str, tuple[int, int]] = {}
+    parts, end = [], 0
+    for match in _FIELD.finditer(template):
+        scale, name, shift = match.groups()
+        parts += [re.escape(template[end : match.start()]), rf"(?P<{name}>\d+)" if name in ("i", "j") else rf"(?P<{name}>.+)"]
+        end = match.end()
         if name in ("i", "j"):
-            shifts[name] = shift
-            return rf"(?P<{name}>\d+)"
-        return rf"(?P<{name}>.+)"
-
-    return re.compile(_FIELD.sub(group, re.escape(template))), shifts
+            numbers[name] = (int(scale or 1), int(shift or 0))
+    return re.compile("".join([*parts, re.escape(template[end:])])), numbers
 
 
 def _translate(key: str, pattern: str, target: str) -> str | None:
-    expression, shifts = _compile(pattern)
+    expression, numbers = _compile(pattern)
     match = expression.fullmatch(key)
     if match is None:
         return None
-    values = {name: str(int(text) - shifts[name]) if name in shifts else text for name, text in match.groupdict().items()}
-    if any(value.startswith("-") for value in values.values()):
-        return None
+    values: dict[str, str] = match.groupdict()
+    for name, (scale, shift) in numbers.items():
+        number, rest = divmod(int(values[name]) - shift, scale)
+        if number < 0 or rest:
+            return None
+        values[name] = str(number)
 
     def fill(found: re.Match[str]) -> str:
-        value = values[found[1]]
-        return str(int(value) + int(found[2])) if found[2] else value
+        scale, name, shift = found.groups()
+        return str(int(scale or 1) * int(values[name]) + int(shift or 0)) if name in ("i", "j") else values[name]
 
-    return re.sub(r"\{(\w+)(?:\+(\d+))?\}", fill, target)
+    return _FIELD.sub(fill, target)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -259,11 +278,11 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
     readings = {"regard": _read(tensors, None)} | {each.name: _read(tensors, each) for each in layouts_of(model)}
     layout = max(readings, key=lambda name: sum(key in expected or key in unused for key in readings[name][0]))
     found, unexpected = readings[layout]
-    tables = {f"{name}.table" for name, module in model.named_modules() if isinstance(module, OffsetBias)}
-    for key in tables & found.keys():
+    for key in bias_parameters(model) & found.keys():
         found[key] = resize_offset_table(found[key], expected[key].shape[1:])
     if new_head:
-        other = [k for k in found if k.startswith("head.") and k in expected and found[k].shape != expected[k].shape]
+        heads = [k for k in found if k.startswith(("head.", "aux_head.")) and k in expected]
+        other = [k for k in heads if found[k].shape != expected[k].shape]
         found |= {key: expected[key] for key in other}
     unexpected += [key for key in found if key not in expected and key not in unused]
     missing = [key for key in expected if key not in found]

@@ -107,10 +107,10 @@ def create_model(
     spec = card.table(**table)
     if mixer is not None:
         spec = spec.with_mixer(mixer)
-    model = Backbone(
+    model = (spec.network or Backbone)(
         spec, in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
         device=device, dtype=dtype,
     )  # fmt: skip
     if pretrained:
         load_checkpoint(model, pretrained, new_head=num_classes is not None)
-    return FeatureBackbone(model, out_indices) if features_only else model
+    return model.cut(out_indices) if features_only else model

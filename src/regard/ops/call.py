@@ -189,7 +189,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
     _check_tensors(q, k, v)
     bias, table = source.bias, None
     if bias is not None and not isinstance(bias, Tensor):
-        if not isinstance(bias, TableBias):
+        if not isinstance(bias, HeadTable) and not isinstance(bias, TableBias):  # a graph knows no protocols of its own objects
             raise ValueError(f"bias must be a tensor or have a table and a pattern; got {type(bias).__name__}")
         bias, table = None, bias
     valid = source.valid

@@ -45,7 +45,8 @@ def channel_attend(
 
     Args:
         q: ``(batch, *grid, heads, q_dim)``.
-        k, v: ``(batch, *grid, heads, dim)``; only the tokens of ``q`` and ``k`` are summed over, so they share the grid.
+        k: ``(batch, *grid, heads, dim)``; the tokens of ``q`` and ``k`` are summed over, so they share the grid.
+        v: ``(batch, *value_grid, heads, dim)``; the affinity is between channels, so its grid may be another one.
         normaliser: what turns scores into weights, a key of :data:`NORMALISERS`.
         l2: whether each channel of ``q`` and ``k`` is first divided by its norm over the tokens.
         temperature: factor on the scores, one per head.
@@ -53,14 +54,15 @@ def channel_attend(
         dim: what is normalised over: -1 the channels of ``k``, -2 those of ``q``.
 
     Returns:
-        ``(batch, *grid, heads, q_dim)`` in the dtype of ``q``.
+        ``(batch, *value_grid, heads, q_dim)`` in the dtype of ``q``.
 
     Raises:
         ValueError: shapes that do not go together; an unknown normaliser; another ``dim``.
     """
-    if q.ndim < 4 or q.shape[:-1] != k.shape[:-1] or k.shape != v.shape:
+    alike = k.shape[-2:] == v.shape[-2:] and k.shape[0] == v.shape[0]
+    if min(q.ndim, v.ndim) < 4 or q.shape[:-1] != k.shape[:-1] or not alike:
         raise ValueError(
-            "q, k and v must be (batch, *grid, heads, dim) on one grid, k and v alike; "
+            "q, k and v must be (batch, *grid, heads, dim), q and k on one grid, k and v of one width; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     if normaliser not in NORMALISERS:

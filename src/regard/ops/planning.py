@@ -12,6 +12,7 @@ from .backends import flex, tiled
 from .call import Call, HeadTable, Source, break_up
 from .dispatch import BACKENDS, choose, others
 from .patterns import Blocks, Pattern, as_pattern
+from .simulator import Tile, TileWalk, walk_tiles
 from .tiling import TileGroup
 
 
@@ -37,6 +38,7 @@ class Plan:
         bound: dense over attended pairs: no exact method can be faster than dense attention by more than this, where both
             run at the same rate.
         tile_bound: dense over computed pairs: the same for these tiles.
+        walk: what a fused kernel with other tiles would compute, where tiles were given.
     """
 
     pattern: str
@@ -53,6 +55,7 @@ class Plan:
     flops: int
     useful_flops: int
     bytes: int
+    walk: TileWalk | None = None
 
     @property
     def waste(self) -> float:
@@ -68,7 +71,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, object]:
         """All fields and ratios as plain data."""
-        return {**asdict(self), "waste": self.waste, "bound": self.bound, "tile_bound": self.tile_bound}
+        walk = None if self.walk is None else self.walk.as_dict()
+        return {**asdict(self), "waste": self.waste, "bound": self.bound, "tile_bound": self.tile_bound, "walk": walk}
 
     def __str__(self) -> str:
         grids = _times(self.q_grid) if self.q_grid == self.k_grid else f"{_times(self.q_grid)} -> {_times(self.k_grid)}"
@@ -82,10 +86,23 @@ class Plan:
             ("FLOPs", f"{_scaled(self.flops)}FLOP ({_scaled(self.useful_flops)}FLOP useful)"),
             ("bytes", f"{_scaled(self.bytes)}B"),
             ("at best over dense", f"{self.bound:.2f} x by the pattern, {self.tile_bound:.2f} x by these tiles"),
+            *self._walked(),
             *((f"not {name}", why) for name, why in self.others.items()),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _walked(self) -> list[tuple[str, str]]:
+        if self.walk is None:
+            return []
+        walk = self.walk
+        tiles = f"{_times(walk.q_tile)} queries, {_times(walk.k_tile)} keys"
+        dense = walk.q_tiles * walk.k_tiles
+        return [
+            ("tile walk", f"{tiles}: {walk.visited:,} of {dense:,} visited, {'no' if walk.mask_free else 'with'} mask inside"),
+            ("at best by the walk", f"{walk.tile_bound:.2f} x, {walk.worst_bound:.2f} x by the slowest query tile"),
+            ("wasted by the walk", f"{walk.wasted:.1%} of the computed pairs"),
+        ]
 
 
 def _times(sizes: Sequence[int]) -> str:
@@ -116,6 +133,7 @@ def plan(
     training: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> Plan:
     """How ``attend`` would run an attention of this pattern, and its exact cost; see :class:`Plan` for what each number means.
 
@@ -130,9 +148,10 @@ def plan(
         training: whether gradients are needed.
         return_lse: whether the log-sum-exp is asked for.
         backend: see :func:`regard.attend`.
+        tiles: query and key tile of a fused kernel to simulate, see :func:`regard.ops.simulator.walk_tiles`.
 
     Raises:
-        ValueError: as :func:`regard.attend` would.
+        ValueError: as :func:`regard.attend` would; tiles that cannot be walked.
     """
     pattern = as_pattern(pattern)
     grid, k_grid = tuple(grid), tuple(k_grid or grid)
@@ -151,7 +170,8 @@ def plan(
         source = Source(k, v, pattern, bias=table)
         (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
         plans = [_planned(replace(call, device=torch.device(device)), backend) for _, call in group]
-    return plans[0] if len(plans) == 1 else _joined(plans, pattern)
+    made = plans[0] if len(plans) == 1 else _joined(plans, pattern)
+    return made if tiles is None else replace(made, walk=walk_tiles(pattern, grid, *tiles, k_grid=k_grid))
 
 
 def _planned(call: Call, backend: str = "auto") -> Plan:

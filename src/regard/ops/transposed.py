@@ -67,6 +67,8 @@ def transpose(pattern: Pattern) -> Pattern:
     """The pattern under which each key sees the queries that saw it."""
     if isinstance(pattern, Clusters) and pattern.key_labels is not None:
         return replace(pattern, labels=pattern.key_labels, key_labels=pattern.labels)
+    if isinstance(pattern, Axis) and pattern.causal:
+        return Transposed(pattern)
     # these are symmetric; the zero keys of a padded window send zeros, and their mass cancels
     return pattern if isinstance(pattern, (Dense, Clusters, Window, Grid, Axis)) else Transposed(pattern)
 

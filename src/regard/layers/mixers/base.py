@@ -64,7 +64,7 @@ class AttentionMixer(nn.Module):
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias, **factory)
+        self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
         self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -72,7 +72,15 @@ class AttentionMixer(nn.Module):
     @property
     def factory(self) -> dict[str, Any]:
         """Device and dtype of the parameters, for what a mechanism adds."""
-        return {"device": self.qkv.weight.device, "dtype": self.qkv.weight.dtype}
+        like = next(self.parameters())
+        return {"device": like.device, "dtype": like.dtype}
+
+    def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
+        """Create the layers that :meth:`project` uses."""
+        self.qkv = nn.Linear(self.dim, sum(self.widths), bias=bias, **factory)
+
+    def initialise(self) -> None:
+        """Start in a way of the mechanism's own; models call it after they have drawn the weights of all linear layers."""
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         """The sources that grid queries see: ``k`` and ``v`` are ``(batch, *grid, kv_heads, head_dim)``."""
@@ -85,6 +93,13 @@ class AttentionMixer(nn.Module):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         """Tokens of zeros appended to each axis before projection, for mechanisms whose numbers depend on it."""
         return (0,) * len(grid)
+
+    def weigh_heads(self, y: Tensor, x: Tensor, q: Tensor) -> Tensor:
+        """The heads' outputs ``(batch, *tokens, heads, value_dim)`` of grid or extra tokens, weighted where a mechanism does.
+
+        ``x`` are the tokens and ``q`` their queries, which a rotation may have turned.
+        """
+        return y
 
     def finish(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
         """What is done to the heads' joint output ``(batch, *grid, heads * value_dim)`` before the projection."""
@@ -133,11 +148,12 @@ class AttentionMixer(nn.Module):
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
         if extra is None:
-            return self._out(self.mix(x, q, k, v, []), x, v, grid)
+            return self._out(self.weigh_heads(self.mix(x, q, k, v, []), x, q), x, v, grid)
         extra_q, extra_k, extra_v = self.project(extra, extra)
-        seen = Source(extra_k, extra_v)
-        y = self._out(self.mix(x, q, k, v, [seen]), x, v, grid)
+        seen = Source(extra_k, extra_v, Dense())  # named, since a compiled graph cannot make a default value
+        y = self._out(self.weigh_heads(self.mix(x, q, k, v, [seen]), x, q), x, v, grid)
         y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
+        y_extra = self.weigh_heads(y_extra, extra, extra_q)
         return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -150,6 +166,29 @@ class AttentionMixer(nn.Module):
     def extra_repr(self) -> str:
         kv = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
         return f"dim={self.dim}, heads={self.heads}{kv}"
+
+
+class SplitMixer(AttentionMixer):
+    """Attention whose queries have a layer of their own, ``q``, apart from that of keys and values, ``kv``.
+
+    Args:
+        dim, heads, **projections: see :class:`AttentionMixer`.
+    """
+
+    def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
+        self.q = nn.Linear(self.dim, self.widths[0], bias=bias, **factory)
+        self.kv = nn.Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (self.q(x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))
+
+    def project_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``context`` alone."""
+        k, v = self.kv(context).split(self.widths[1:], -1)
+        return k.unflatten(-1, (self.kv_heads, self.head_dim)), v.unflatten(-1, (self.kv_heads, self.value_dim))
+
+    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        return [Source(k, v, Dense())]
 
 
 class PatternMixer(AttentionMixer):

@@ -26,6 +26,8 @@ class HaloAttention(AttentionMixer):
         dim, heads: channels and attention heads.
         block_size: queries per axis that share their keys.
         halo_size: how far the keys reach beyond the block, on every side.
+        stride: only every stride-th token of an axis is a query, so that the result is that much coarser (the paper's attention
+            downsampling); a divisor of ``block_size``. Tables then hold offsets from a query's index in its block.
         border: ``"zero"`` lets the halo hang over the grid, where keys and values of zeros take part in the softmax with their
             relative term (the paper), ``"mask"`` clips it, ``"shift"`` moves it inward.
         relative_embedding: whether to learn a term of the logits that depends on query and offset.
@@ -40,6 +42,7 @@ class HaloAttention(AttentionMixer):
         block_size: P.Ints = 8,
         halo_size: P.Ints = 3,
         *,
+        stride: int = 1,
         border: str = "zero",
         relative_embedding: bool = True,
         rank: int = 2,
@@ -47,7 +50,7 @@ class HaloAttention(AttentionMixer):
     ) -> None:
         super().__init__(dim, heads, **projections)
         self.scale = self.head_dim**-0.5 if self.scale is None else self.scale  # the embedding widens the queries
-        self.pattern = P.Halo(block_size, halo_size, border)
+        self.pattern = P.Halo(block_size, halo_size, border, stride)
         axes = (0,) * rank
         self.block, self.halo = per_axis(block_size, axes), per_axis(halo_size, axes)
         spans = tuple(b + 2 * h for b, h in zip(self.block, self.halo, strict=True))
@@ -55,15 +58,18 @@ class HaloAttention(AttentionMixer):
         self.embedding = embedding
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
-        if self.embedding is None:
-            return self.attend(q, [Source(k, v, self.pattern), *extra])
         pattern, start = self.pattern, (0,) * len(self.block)
+        if pattern.stride > 1:
+            q = q[(slice(None), *(slice(None, None, pattern.stride) for _ in self.block))]
+        if self.embedding is None:
+            return self.attend(q, [Source(k, v, pattern), *extra])
         if pattern.border == "zero":  # zero keys have a relative term, so they have to be real keys here
             pattern = replace(pattern, border="mask")
             start = tuple(-(-h // b) * b for b, h in zip(self.block, self.halo, strict=True))  # keeps blocks aligned
             ends = [-n % b + h for n, b, h in zip(k.shape[1:-2], self.block, self.halo, strict=True)]
             widths = [n for pair in zip(reversed(start), reversed(ends), strict=True) for n in pair]
             k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (k, v))
+        start = tuple(n // pattern.stride for n in start)
         q, k = self.embedding(q, k, start, self.scale)
         width = q.shape[-1] - self.head_dim
         return self.attend(q, [Source(k, v, pattern), *(replace(s, k=F.pad(s.k, [0, width])) for s in extra)], start)

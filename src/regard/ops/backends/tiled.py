@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..call import Call
 from ..merging import merge
-from ..patterns import Blocks, Ints
+from ..patterns import Blocks, Ints, Tokens
 from ..tile_attention import attend_tiles, attend_tiles_backward
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
 from ..tiling import TileGroup, TilePlan, tile_plan
@@ -46,7 +46,8 @@ def supports(call: Call) -> str | None:
 
 def prefers(call: Call) -> bool:
     """Whether the tiles are expected to beat dense attention."""
-    return computed_pairs(call) * 2.5 <= call.queries * call.keys
+    margin = 12 if isinstance(call.pattern, Tokens) else 2.5  # keys gathered for single queries are read far more often
+    return computed_pairs(call) * margin <= call.queries * call.keys
 
 
 def computed_pairs(call: Call) -> int:

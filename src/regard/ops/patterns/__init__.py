@@ -6,14 +6,14 @@ mask, the number of keys of a query, the halo a tile of queries needs) follows f
 Most static patterns are *separable*: on every axis a query sees an arithmetic progression of keys, and a key is visible
 when it is on all axes. Such a pattern states one thing, :meth:`Separable.axis_window`. Unions and intersections of
 separable patterns decompose into disjoint separable parts (:func:`disjoint_parts`), so fast backends need to know only that
-case. Routed patterns (:class:`Blocks`, :class:`Clusters`) hold tensors and may differ per batch item and head.
+case. Routed patterns (:class:`Blocks`, :class:`Tokens`, :class:`Clusters`) hold tensors and may differ per batch item and head.
 
 ``True`` means visible, everywhere.
 """
 
 from .base import AxisWindow, Ints, Pattern, Separable, grid_positions, per_axis
 from .combined import Intersection, Literal, Part, PerHead, Union, disjoint_parts
-from .routed import Blocks, Clusters, tensors_of
+from .routed import Blocks, Clusters, Tokens, tensors_of
 from .static import Axis, Causal, Dense, Grid, Halo, Neighborhood, Window
 from .text import as_pattern, parse
 
@@ -34,6 +34,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "Separable",
+    "Tokens",
     "Union",
     "Window",
     "as_pattern",

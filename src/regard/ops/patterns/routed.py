@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -104,6 +104,29 @@ class Blocks(_Routed):
 
     def __repr__(self):
         return f"Blocks(table{tuple(self.table.shape)}, block={self.block!r})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens(Blocks):
+    """Routed tokens: every query sees the keys that ``table`` lists for it; blocks of one token, on grids of any rank.
+
+    ``table`` is ``(batch, queries, listed)`` or ``(batch, heads, queries, listed)`` of key indices in row-major order. -1 lists
+    nothing; a key listed twice counts once; batch and heads may be 1.
+
+    Source: Wei et al., Sparsifiner, arXiv:2303.13755.
+    """
+
+    block: Ints = field(default=1, init=False)
+    source: ClassVar[str] = "arXiv:2303.13755"
+    flat: ClassVar[bool] = True
+
+    def check(self, q_grid, k_grid):
+        queries = math.prod(q_grid)
+        if self.table.shape[-2] != queries:
+            raise ValueError(f"table lists keys for {self.table.shape[-2]} queries; the grid {tuple(q_grid)} has {queries}")
+
+    def __repr__(self):
+        return f"Tokens(table{tuple(self.table.shape)})"
 
 
 def flat_block(pos: Tensor, block: Ints, block_grid: tuple[int, ...]) -> Tensor:

@@ -173,23 +173,31 @@ class Halo(Separable):
     ``border="zero"`` (the paper) lets the halo hang over the grid: the zero keys there take part in the softmax;
     ``"mask"`` clips it, ``"shift"`` moves it inward (generalised neighborhood attention with stride ``block``).
 
+    With ``stride`` there are fewer queries than keys: the query at ``i`` stands on the key at ``i * stride``, and a block holds
+    ``block / stride`` of them. Offsets then count a query by its index in the block.
+
     Source: Vaswani et al., HaloNet, arXiv:2103.12731.
     """
 
     block: Ints = positional()
     halo: Ints = positional()
     border: str = field(default="zero", metadata={"axes": False})
+    stride: int = field(default=1, metadata={"axes": False})
     source: ClassVar[str] = "arXiv:2103.12731"
 
     def __post_init__(self):
         object.__setattr__(self, "block", normalise("block", self.block, int, 1))
         object.__setattr__(self, "halo", normalise("halo", self.halo, int, 0))
+        object.__setattr__(self, "stride", normalise("stride", self.stride, int, 1))
+        blocks = self.block if isinstance(self.block, tuple) else (self.block,)
+        if any(block % self.stride for block in blocks):
+            raise ValueError(f"stride must divide block; got stride={self.stride}, block={self.block!r}")
         if self.border not in ("shift", "mask", "zero"):
             raise ValueError(f"border must be 'shift', 'mask' or 'zero'; got {self.border!r}")
 
     def axis_window(self, axis, q, length, rank):
         block, halo = per_axis(self.block, axis), per_axis(self.halo, axis)
-        start = q // block * block - halo
+        start = q * self.stride // block * block - halo
         stop = start + block + 2 * halo
         if self.border == "mask":
             start, stop = maximum(start, 0), minimum(stop, length)
@@ -203,6 +211,10 @@ class Halo(Separable):
             return (0, 0)
         block, halo = per_axis(self.block, axis), per_axis(self.halo, axis)
         return (halo, -length % block + halo)
+
+    def offset(self, axis, q, k, length, rank):
+        block = per_axis(self.block, axis) // self.stride  # in queries
+        return k - q // block * block * self.stride - q % block
 
     def extent(self, axis, length, rank):
         reach = per_axis(self.block, axis) - 1 + per_axis(self.halo, axis)
@@ -243,15 +255,20 @@ class Grid(Separable):
 class Axis(Separable):
     """A query sees the keys that differ from it only along one axis: ``Axis(0) | Axis(1)`` is criss-cross attention.
 
+    With ``causal`` it sees itself and those before it.
+
     Source: Ho et al., Axial Transformer, arXiv:1912.12180; Huang et al., CCNet, arXiv:1811.11721.
     """
 
     axis: int = positional()
+    causal: bool = False
     source: ClassVar[str] = "arXiv:1912.12180"
 
     def __post_init__(self):
         if isinstance(self.axis, bool) or not isinstance(self.axis, int):
             raise ValueError(f"axis must be an int; got {self.axis!r}")
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal must be a bool; got {self.causal!r}")
 
     def check(self, q_grid, k_grid):
         if not -len(k_grid) <= self.axis < len(k_grid):
@@ -259,7 +276,7 @@ class Axis(Separable):
 
     def axis_window(self, axis, q, length, rank):
         if axis == self.axis % rank:
-            return AxisWindow(q * 0, length, 1)
+            return AxisWindow(q * 0, minimum(q + 1, length) if self.causal else length, 1)
         return AxisWindow(q, 1, 1)
 
     def extent(self, axis, length, rank):

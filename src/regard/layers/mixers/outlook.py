@@ -1,0 +1,98 @@
+"""Outlook attention: the token in the middle of a window predicts, alone, how the window's values mix among themselves.
+
+    y = W_o fold(softmax(W_a mean(x) / sqrt(d)) unfold(W_v x)),   k^2 x k^2 weights per window, overlapping windows summed
+Cost: linear in tokens, k^4 weights per window and head. Source: Yuan et al., VOLO, arXiv:2106.13112.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...ops.kernels import fold_windows, unfold_windows
+from ..pools import PoolKV
+from .registry import register_mixer
+
+
+@register_mixer("outlook")
+class OutlookAttention(nn.Module):
+    """Dynamic kernels from single tokens: no queries and keys, so that no pair of tokens is ever compared.
+
+    Zeros stand outside the grid; they take part in the softmax. Each of the ``stride``-spaced windows is weighed by the mean
+    of the ``stride`` x ``stride`` tokens at its place. An ``extra`` token is a window of its own: its one value has weight 1.
+
+    Args:
+        dim, heads: channels and heads, each with kernels of its own.
+        kernel_size: tokens per axis of a window.
+        stride: between windows.
+        rank: number of grid axes.
+        v_bias: whether the projection of values has a bias.
+        attn_drop, proj_drop: dropout on the weights and on the output.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``heads``; input of another width or rank; a context on another grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kernel_size: int = 3,
+        stride: int = 2,
+        *,
+        rank: int = 2,
+        v_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        if not 1 <= stride <= kernel_size:
+            raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
+        self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
+        self.scale = (dim // heads) ** -0.5
+        self.v = nn.Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
+        self.pool = PoolKV("mean", stride)
+        self.attn = nn.Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Of each window, ``(batch, *windows, heads, taps, taps)``: the last axis sums to 1."""
+        taps = self.kernel_size**self.rank
+        logits = self.attn(self.pool(x)).unflatten(-1, (self.heads, taps, taps))
+        return F.softmax(logits * self.scale, -1)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        """Mix tokens.
+
+        Args:
+            x: ``(batch, *grid, dim)``, what the weights are made of.
+            extra: tokens outside the grid ``(batch, n, dim)``.
+            context: like ``x``, what the values are made of; ``x`` by default.
+
+        Returns:
+            A tensor like ``x``; with ``extra`` also one like it.
+        """
+        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
+        if context is not None and context.shape != x.shape:
+            raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
+        grid = tuple(x.shape[1:-1])
+        v = self.v(x if context is None else context).unflatten(-1, (self.heads, -1))
+        windows = unfold_windows(v, self.kernel_size, self.stride)  # (batch, *windows, heads, taps, head_dim)
+        mixed = self.attn_drop(self.weights(x)) @ windows
+        y = self._out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
+        return y if extra is None else (y, self._out(self.v(extra)))
+
+    def _out(self, y: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(y))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, kernel_size={self.kernel_size}, stride={self.stride}"
