@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .call import Bias, Group, Source, break_up, starts
+from .call import Bias, Group, Source, break_up, join_dense, starts
 from .dispatch import run
 from .merging import merge
 from .observe import OBSERVERS, Record
@@ -73,6 +73,8 @@ def attend(
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=dropout, need_lse=need_lse)
     if OBSERVERS:
         _notify(q, sources, broken, sink, starts(q, q_start))
+    broken = join_dense(broken, sources, return_lse or sink is not None)
+    need_lse = return_lse or sink is not None or len(broken) > 1
     results = [_assemble(q, group, backend) for group in broken]
     if not need_lse:
         return results[0][0]

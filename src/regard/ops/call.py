@@ -51,7 +51,7 @@ class Source:
 
     k: Tensor
     v: Tensor
-    pattern: Pattern | str = Dense()
+    pattern: Pattern | str = "dense"
     q: Tensor | None = None
     bias: Bias | None = None
     valid: Tensor | None = None
@@ -172,6 +172,33 @@ def break_up(
         raise ValueError(f"dropout must be in [0, 1); got {dropout}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return [_calls_of(q, source, scale, q_start, dropout, need_lse) for source in sources]
+
+
+def join_dense(broken: list[Group], sources: Sequence[Source], need_lse: bool) -> list[Group]:
+    """Put the sources that every query sees whole, without a bias, together as one: their order does not matter.
+
+    Args:
+        broken: the calls of each source.
+        sources: the sources.
+        need_lse: whether the log-sum-exp is needed even of a single source.
+    """
+    dense = [g for g, s in zip(broken, sources, strict=True) if s.q is None and s.heads is None and _is_plain(g)]
+    calls = [call for group in dense for _, call in group]
+    if len(calls) < 2 or len({(c.k.shape[-2], c.v.shape[-1]) for c in calls}) > 1:
+        return broken
+    valid = None
+    if any(c.valid is not None for c in calls):
+        each = [c.k.new_ones(c.k.shape[:2], dtype=torch.bool) if c.valid is None else c.valid for c in calls]
+        valid = torch.cat([v.expand(calls[0].batch, -1) for v in each], 1)
+    k, v = torch.cat([c.k for c in calls], 1), torch.cat([c.v for c in calls], 1)
+    others = [group for group in broken if group not in dense]
+    joined = replace(calls[0], k=k, v=v, valid=valid, need_lse=need_lse or bool(others))
+    return [[(None, joined)], *others]
+
+
+def _is_plain(group: Group) -> bool:
+    call = group[0][1]
+    return len(group) == 1 and isinstance(call.pattern, Dense) and call.bias is None and call.table is None
 
 
 def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, need_lse: bool):

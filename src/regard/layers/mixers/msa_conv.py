@@ -58,8 +58,8 @@ class TokenConv(nn.Module):
 class MSAConv(AttentionMixer):
     """Attention within a kernel, the residual, a convolution and ReLU: a whole layer, which may halve the grid.
 
-    Heads may look elsewhere: with ``shift`` each sees the map rolled by as many steps, up or down one of two axes in turn, and
-    is rolled back after.
+    Heads may look elsewhere: with ``shift`` each sees the map rolled by as many steps, down or up one axis after the other,
+    and is rolled back after.
 
     Args:
         dim, heads: channels and attention heads; the release has one head.
