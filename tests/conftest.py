@@ -1,5 +1,7 @@
 """Shared by all tests: one thread, one seed, and the same hypothesis examples on every run."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,3 +24,10 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_graphs() -> None:
+    """A class is compiled only a few times over before torch gives up: forget what other tests compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

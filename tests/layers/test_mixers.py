@@ -503,7 +503,6 @@ def test_autocast_stays_close_to_float32(name, arguments):
 @pytest.mark.parametrize("name", list_mixers())
 def test_compiled_whole_equals_eager_with_gradients(name):
     mixer = random_mixer(name)
-    torch.compiler.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 9, 8, 16, dtype=torch.float64, requires_grad=True)
     y = mixer(x)
