@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops import tiles
+from regard.ops import tile_attention, tiles
 from regard.ops.call import HeadTable
 
 from .cases import Case, assert_equal, cases, results
@@ -38,6 +38,30 @@ def test_backends_equal_reference_in_float64(case, lse_gradient):
     for backend in (*CPU, "auto"):
         if claims(case, backend):
             assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
+
+
+@given(cases(), st.booleans())
+@settings(max_examples=60)
+def test_tiles_do_without_the_private_operators(case, lse_gradient):
+    expected = results(case, "reference", torch.float64, lse_gradient)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_attention, "_FUSED", None)  # as on other devices, or where torch drops it
+        if claims(case, "tiled"):
+            assert_equal(results(case, "tiled", torch.float64, lse_gradient), expected, 1e-11)
+
+
+def test_causal_tiles_do_without_the_private_operators():
+    q, k, v = (torch.randn(2, 11, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(backend):
+        out, lse = attend(q, k, v, "causal", return_lse=True, backend=backend)
+        return (out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+    expected = run("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_attention, "_FUSED", None)
+        for a, b in zip(run("tiled"), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @given(cases(), st.booleans())
