@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard import attend, merge
+from regard import Source, attend, merge
 from regard.ops import patterns as P
 from regard.ops.call import HeadTable
 
@@ -366,3 +366,24 @@ def test_union_and_intersection_are_set_operations():
     assert (a & (b | c)).mask(grid).equal((a & b | a & c).mask(grid))
     assert (a | b) == P.Union((a, b))
     assert len({a | b, P.Union((a, b))}) == 1
+
+
+@pytest.mark.parametrize("third", ["dense", "neighborhood(3)"])
+def test_dense_sources_are_one_source_of_all_their_valid_keys(third):
+    q, k, v = (torch.randn(2, 5, 7, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    extra_k, extra_v = (torch.randn(2, 6, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    valid = torch.tensor([[True, False, True, True, False, True], [False, True, False, False, True, True]])
+    found = attend(q, [Source(k, v), Source(extra_k, extra_v, valid=valid), Source(k, v, third)], return_lse=True)
+    mask = P.parse(third).mask((5, 7))
+    logits = [torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2), t) / 8**0.5 for t in (k.flatten(1, 2), extra_k)]
+    logits[1] = logits[1].masked_fill(~valid[:, None, None], -torch.inf)
+    logits = torch.cat([*logits, logits[0].masked_fill(~mask, -torch.inf)], -1)
+    values = torch.cat([v.flatten(1, 2), extra_v, v.flatten(1, 2)], 1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), values).unflatten(1, (5, 7))
+    torch.testing.assert_close(found[0], expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found[1], logits.logsumexp(-1).movedim(1, 2).unflatten(1, (5, 7)), rtol=1e-11, atol=1e-11)
+    leaves = (q, k, v, extra_k, extra_v)
+    for a, b in zip(
+        torch.autograd.grad(found[0].square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
