@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from regard import attend
 from regard.ops import patterns as P
 from regard.ops import tile_attention, tiles
+from regard.ops.backends import tiled
 from regard.ops.call import HeadTable
 
 from .cases import Case, assert_equal, cases, results
@@ -80,6 +81,22 @@ def test_backends_equal_reference_in_bfloat16(case, lse_gradient):
     for backend in CPU:
         if claims(case, backend):
             assert_equal(results(case, backend, torch.bfloat16, lse_gradient), expected, 2e-2)
+
+
+@given(cases(), st.sampled_from([4, 384]))
+@settings(max_examples=60)
+def test_products_in_bfloat16_are_as_good_as_the_inputs(case, narrow_keys):
+    """Without gradients and log-sum-exp, tiles of up to ``narrow_keys`` keys are multiplied in bfloat16."""
+    if not claims(case, "tiled"):
+        return
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(tiled, "NARROW_KEYS", narrow_keys)
+        patch.setattr(tile_attention, "_bfloat16_units", lambda: True)
+        low = case.tensors(torch.bfloat16)
+        got = case.run(low, "tiled", return_lse=False)
+        expected = case.run({name: tensor.double() for name, tensor in low.items()}, "reference", return_lse=False)
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - expected).norm() <= 1e-2 * expected.norm()
 
 
 @given(cases(routed=False))

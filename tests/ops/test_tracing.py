@@ -162,5 +162,6 @@ def test_the_operator_is_well_formed(name):
     blocks = torch.randint(-1, 6, (2, 1, 6, 2)) if sample.get("blocks") else None
     arguments = (
         q, k, v, table, valid, blocks, sample.get("block", []), sample["spec"], sample.get("bias_spec", ""), [0, 0], zeros, 0.5,
+        True,
     )  # fmt: skip
     torch.library.opcheck(tiled.tiled_attention, arguments)

@@ -6,6 +6,7 @@ its private name: matrix products serve there, and on every other device.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,18 +21,20 @@ def _fused(tensor: Tensor) -> bool:
 
 
 def _full_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if mask is None else mask.expand(-1, -1, q.shape[2], k.shape[2])
+    if mask is None or mask.shape[2:] == (q.shape[2], k.shape[2]):
+        return mask
+    return mask.expand(-1, -1, q.shape[2], k.shape[2])
 
 
-def triangle(queries: int, keys: int, like: Tensor) -> Tensor:
+def triangle(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The mask of causal tiles, for where the fused operator cannot make it."""
-    return torch.full((1, 1, queries, keys), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
+    return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
 def attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)`` (any value where a query sees nothing)."""
     if causal and not _fused(q):
-        mask = triangle(q.shape[2], k.shape[2], q)
+        mask = triangle(q.shape[2], k.shape[2], q.dtype, q.device)
     if _fused(q):
         return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
     scores = torch.matmul(q, k.transpose(-2, -1)) * scale
@@ -40,6 +43,26 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: b
     lse = torch.logsumexp(scores, -1)
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v), lse
+
+
+def narrow_products(q: Tensor) -> bool:
+    """Whether tiles of this type are best multiplied as they are, when nobody asks for the log-sum-exp."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and _bfloat16_units()
+
+
+@lru_cache(maxsize=1)
+def _bfloat16_units() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def attend_narrow_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Output ``(n, heads, tq, width)`` by products in the type of the inputs around a softmax in float32."""
+    if causal:
+        mask = triangle(q.shape[2], k.shape[2], torch.float32, q.device)
+    scores = torch.matmul(q, k.transpose(-2, -1)).float().mul_(scale)
+    if mask is not None:
+        scores += mask
+    return torch.matmul(torch.softmax(scores, -1).to(v.dtype), v)
 
 
 def attend_tiles_backward(
@@ -52,7 +75,7 @@ def attend_tiles_backward(
     """
     fused = _fused(q) and grad_lse is None and not need_scores
     if causal and not fused:
-        mask = triangle(q.shape[2], k.shape[2], q)
+        mask = triangle(q.shape[2], k.shape[2], q.dtype, q.device)
     if fused:
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)

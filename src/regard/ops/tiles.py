@@ -7,6 +7,7 @@ What the plans of :mod:`regard.ops.tiling` say in numpy becomes tensors here, on
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -37,6 +38,11 @@ class Index:
     span: tuple[int, int] | None = None
     inverse: Tensor | None = None
     steps: tuple[int, int, int] | None = None
+    flat: Tensor = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        if self.flat is None:
+            self.flat = self.rows.reshape(-1)
 
     def covers(self, count: int) -> bool:
         """Whether the tiles are all ``count`` rows of the table, in their order."""
@@ -46,15 +52,14 @@ class Index:
     def put(self, target: Tensor, tiles: Tensor) -> None:
         """Write tile rows ``(n * t, width)`` to the rows of ``target`` they came from."""
         if self.inverse is None or self.span is None:
-            target[self.base :].index_copy_(0, self.rows.reshape(-1), tiles)
+            self.of(target).index_copy_(0, self.flat, tiles)
         else:
             torch.index_select(tiles, 0, self.inverse, out=self._region(target, self.span))
 
     def merge(self, out: Tensor, lse: Tensor, tiles: Tensor, tiles_lse: Tensor) -> None:
         """Merge tile rows ``(n * t, heads * dim)`` with lse ``(n * t, heads)`` into rows that saw other keys."""
         if self.inverse is None or self.span is None:
-            rows = self.rows.reshape(-1)
-            old_out, old_lse = out[self.base :][rows], lse[self.base :][rows]
+            old_out, old_lse = self.of(out)[self.flat], self.of(lse)[self.flat]
         else:
             old_out, old_lse = self._region(out, self.span), self._region(lse, self.span)
             tiles, tiles_lse = tiles[self.inverse], tiles_lse[self.inverse]
@@ -69,16 +74,20 @@ class Index:
         else:
             old_lse.copy_(total)
 
+    def of(self, table: Tensor) -> Tensor:
+        """The part of a table that the rows count from."""
+        return table[self.base :] if self.base else table
+
     def _region(self, target: Tensor, span: tuple[int, int]) -> Tensor:
         return target[self.base + span[0] : self.base + span[1]]
 
     def take(self, rows: Tensor) -> Tensor:
         """The tiles ``(n, t, width)`` of a table of rows."""
-        return rows[self.base :][self.rows]
+        return self.of(rows)[self.rows]
 
     def add(self, target: Tensor, tiles: Tensor) -> None:
         """Add tile rows ``(n * t, width)`` to the rows of ``target`` they came from; a row may stand in several tiles."""
-        target[self.base :].index_add_(0, self.rows.reshape(-1), tiles)
+        self.of(target).index_add_(0, self.flat, tiles)
 
 
 @dataclass
@@ -194,9 +203,12 @@ def _ranges(tiles: int, row: int, limit: int) -> Iterator[tuple[int, int]]:
 
 
 class Rows:
-    """Rows ``(batch * tokens, heads * dim)`` of a ``(batch, tokens, heads, dim)`` tensor, gathered into tiles."""
+    """Rows ``(batch * tokens, heads * dim)`` of a ``(batch, tokens, heads, dim)`` tensor, gathered into tiles.
 
-    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
+    Tiles of rows of the same ``role`` take the same memory, one after another.
+    """
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype, role: str) -> None:
         tensor = tensor.flatten(1, -3).to(dtype)
         self.batch, self.tokens, self.heads, self.dim = tensor.shape
         try:
@@ -205,7 +217,7 @@ class Rows:
             self.rows = tensor.reshape(self.batch * self.tokens, self.heads * self.dim)
         if self.rows.stride(1) != 1:  # an expanded gradient
             self.rows = self.rows.contiguous()
-        self._buffer: Tensor | None = None
+        self.role = role
 
     def gather(self, index: Index, heads: int, width: int) -> Tensor:
         """``(n, heads, t, width)`` for rows ``(n, t)``: heads repeated to ``heads``, dim padded with zeros to ``width``."""
@@ -213,29 +225,51 @@ class Rows:
         if index.steps is not None:
             first, across, along = index.steps
             tile = self.rows[index.base + first :].as_strided(
-                (n, t, self.heads, self.dim),
-                (across * self.rows.stride(0), along * self.rows.stride(0), self.dim, 1),
+                (n, self.heads, t, self.dim),
+                (across * self.rows.stride(0), self.dim, along * self.rows.stride(0), 1),
             )
         else:
-            tile = self._gathered(index.rows, index.base)
+            rows, tile = _scratch(self.role, n, t, self.heads, self.dim, self.rows)
+            torch.index_select(index.of(self.rows), 0, index.flat, out=rows)
         if heads != self.heads:
-            tile = tile.repeat_interleave(heads // self.heads, 2)
+            tile = tile.repeat_interleave(heads // self.heads, 1)
         if width != self.dim:
             tile = F.pad(tile, (0, width - self.dim))
-        return tile.transpose(1, 2)
+        return tile
 
-    def _gathered(self, rows: Tensor, base: int) -> Tensor:
-        n, t = rows.shape
-        if self._buffer is None or len(self._buffer) < n * t:
-            self._buffer = self.rows.new_empty(n * t, self.heads * self.dim)
-        buffer = self._buffer[: n * t]
-        torch.index_select(self.rows[base:], 0, rows.reshape(-1), out=buffer)
-        return buffer.view(n, t, self.heads, self.dim)
+
+_KEPT = threading.local()
+
+
+def _scratch(role: str, n: int, t: int, heads: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised rows ``(n * t, heads * dim)`` and the same memory as tiles ``(n, heads, t, dim)``.
+
+    On a CPU it is this thread's own, kept between calls: new pages cost as much as what is written to them, and a view costs
+    as much as a small operator.
+    """
+    size = n * t * heads * dim
+    if like.device.type != "cpu" or size > 2 * BUFFER:
+        return _as_tiles(like.new_empty(size), n, t, heads, dim)
+    kept = _KEPT.__dict__.setdefault((role, like.dtype), {})
+    if (n, t, heads, dim) not in kept:
+        memory = kept.get("memory")
+        if memory is None or len(memory) < size or len(kept) > 64:
+            kept.clear()
+            with torch.inference_mode(False):
+                memory = kept["memory"] = torch.empty(max(size, BUFFER), dtype=like.dtype)
+        kept[n, t, heads, dim] = _as_tiles(memory[:size], n, t, heads, dim)
+    return kept[n, t, heads, dim]
+
+
+def _as_tiles(memory: Tensor, n: int, t: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    return memory.view(n * t, heads * dim), memory.view(n, t, heads, dim).transpose(1, 2)
 
 
 def to_rows(tile: Tensor, heads: int, width: int) -> Tensor:
     """``(n, heads, t, width)`` back to rows ``(n * t, heads * width)``, summing repeated heads, dropping padding."""
-    tile = tile.transpose(1, 2)[..., :width]
+    tile = tile.transpose(1, 2)
+    if tile.shape[3] != width:
+        tile = tile[..., :width]
     if tile.shape[2] != heads:
         tile = tile.unflatten(2, (heads, -1)).sum(3)
     return tile.reshape(-1, heads * width)
@@ -263,6 +297,11 @@ class Problem:
         return self.q.heads
 
     @property
+    def statistics(self) -> torch.dtype:
+        """The type of scores, masks and biases."""
+        return torch.float64 if self.q.rows.dtype == torch.float64 else torch.float32
+
+    @property
     def width(self) -> int:
         """The one head width of the fused operator."""
         return max(self.q.dim, self.v.dim)
@@ -270,7 +309,12 @@ class Problem:
     @property
     def limit(self) -> int:
         """Elements of keys to gather at once."""
-        return BUFFER * torch.get_num_threads() if self.q.rows.device.type == "cpu" else BUFFER * 64
+        return BUFFER if self.q.rows.device.type == "cpu" else BUFFER * 64
+
+    @property
+    def parallel(self) -> bool:
+        """Whether chunks are for several threads at once."""
+        return self.q.rows.device.type == "cpu"
 
     def fold(self, tensor: Tensor) -> Tensor:
         """``(batch, *grid, heads, dim)`` as ``(batch * heads, *grid, 1, dim)`` where heads are folded."""
@@ -293,17 +337,28 @@ def fold_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def pose(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, valid: Tensor | None, blocks: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    valid: Tensor | None,
+    blocks: Tensor | None,
+    scale: float,
+    narrow: bool = False,
 ) -> Problem:
-    """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64)."""
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64).
+
+    ``narrow`` leaves the rows as they are; biases, masks and the softmax are in float32 all the same.
+    """
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kind = q.dtype if narrow else statistics
     folded = q.shape[-2] if blocks is not None and blocks.shape[1] > 1 else 1
     if blocks is not None:
         blocks = blocks.expand(q.shape[0], -1, -1, -1).flatten(0, 1) if folded > 1 else blocks[:, 0]
     if valid is not None:
         valid = valid.expand(q.shape[0], *valid.shape[1:]).repeat_interleave(folded, 0)
-    q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind) for t in (q, k, v))
-    return Problem(q_rows, k_rows, v_rows, scale, None if table is None else table.to(kind), valid, blocks, folded)
+    q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind, role) for t, role in zip((q, k, v), "qkv", strict=True))
+    return Problem(q_rows, k_rows, v_rows, scale, None if table is None else table.to(statistics), valid, blocks, folded)
 
 
 def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator[Chunk]:
@@ -338,14 +393,14 @@ def _static_chunk(
     queries, keys = group.indices(first, last, items)
     queries = replace(queries, base=item * problem.q.tokens)
     keys = replace(keys, base=item * problem.k.tokens)
-    mask = group.mask(first, last, items, problem.q.rows.dtype) if bias is None else each(bias)
+    mask = group.mask(first, last, items, problem.statistics) if bias is None else each(bias)
     blind = None if group.blind is None else each(group.blind)
     offsets = None if group.offsets is None else each(group.offsets)
     causal = group.causal and problem.valid is None
     if problem.valid is not None:
         if group.causal:
-            mask = triangle(problem.q.tokens, problem.k.tokens, problem.q.rows)
-        mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.q.rows.dtype)
+            mask = triangle(problem.q.tokens, problem.k.tokens, problem.statistics, problem.q.rows.device)
+        mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.statistics)
     return Chunk(queries, keys, mask, blind, offsets, causal)
 
 
@@ -395,7 +450,7 @@ def _uneven(queries: Tensor, real: Tensor, keys: Tensor, seen: Tensor, item: int
 def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, problem: Problem, tq: int) -> Chunk:
     mask = blind = None
     if not bool(seen.all()):
-        mask, _ = _with_valid(None, seen, problem.q.rows.dtype)
+        mask, _ = _with_valid(None, seen, problem.statistics)
         blind = ~seen.any(1, keepdim=True).expand(-1, tq)
         mask = mask.expand(-1, 1, tq, -1)
     return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind, None)

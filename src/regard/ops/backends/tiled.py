@@ -14,6 +14,8 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,10 +26,14 @@ from torch.utils.flop_counter import register_flop_formula
 from ..call import Call
 from ..merging import merge
 from ..patterns import Blocks, Ints, Tokens
-from ..tile_attention import attend_tiles, attend_tiles_backward
+from ..pool import run_all
+from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
 from ..tiling import TileGroup, TilePlan, tile_plan
 from . import dense, reference
+
+NARROW_KEYS = 384
+"""Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
 
 
 def supports(call: Call) -> str | None:
@@ -95,8 +101,17 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         list(call.q_start),
         [n for pair in call.zeros for n in pair],
         call.scale,
+        call.need_lse or _differentiated(call),
     )  # fmt: skip
     return out, lse if call.need_lse else None
+
+
+def _differentiated(call: Call) -> bool:
+    """Whether a backward may come, which needs the log-sum-exp."""
+    if not torch.is_grad_enabled():
+        return False
+    learned = (call.q, call.k, call.v, *([call.table.table] if call.table else []))
+    return any(t.requires_grad for t in learned) or torch._C._are_functorch_transforms_active()
 
 
 def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -136,10 +151,17 @@ def tiled_attention(
     q_start: list[int],
     zeros: list[int],
     scale: float,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` of one call."""
+    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
     with torch.autocast(q.device.type, enabled=False):
-        return _attend(pose(q, k, v, table, valid, blocks, scale), q, k, v, block, spec, bias_spec, q_start, zeros)
+        if not need_lse and narrow_products(q):
+            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True)
+            parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
+            if len(parts) == 1:
+                return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
+        out, lse = _attend(pose(q, k, v, table, valid, blocks, scale), q, k, v, block, spec, bias_spec, q_start, zeros)
+        return out, lse if need_lse else lse.new_empty(0)
 
 
 def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, block, spec, bias_spec, q_start, zeros) -> tuple[Tensor, Tensor]:
@@ -158,30 +180,61 @@ def _lse_like(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def _attend_narrow(problem: Problem, chunks: Iterator[Chunk], q: Tensor, v: Tensor) -> Tensor:
+    """The output of a pattern of one part, in the type of the inputs."""
+    heads, value = problem.heads, problem.v.dim
+    out = problem.q.rows.new_empty(len(problem.q.rows), heads * value)
+
+    def attend_one(chunk: Chunk) -> None:
+        q, k, v = (t.gather(i, heads, t.dim) for t, i in zip(*_operands(problem, chunk), strict=True))
+        if k.shape[2] <= NARROW_KEYS:
+            tile_out = attend_narrow_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
+        else:
+            width = problem.width
+            wide = (F.pad(t.float(), (0, width - t.shape[-1])) for t in (q, k, v))
+            tile_out = attend_tiles(*wide, chunk.mask, chunk.causal, problem.scale)[0].to(q.dtype)
+        if chunk.blind is not None:
+            tile_out = tile_out.masked_fill(chunk.blind[:, None, :, None], 0.0)
+        chunk.queries.put(out, to_rows(tile_out, heads, value))
+
+    run_all(attend_one, chunks, problem.parallel)
+    return problem.unfold(out, (*q.shape[:-1], v.shape[-1]), q.dtype)
+
+
 def _forward(problem: Problem, chunks: Iterator[Chunk], others: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Rows of output and log-sum-exp of one part of a pattern, merged into those of the ``others``."""
     rows, heads, value = problem.q.rows, problem.heads, problem.v.dim
+    first = next(chunks)
+    if others is None and first.queries.covers(len(rows)):
+        return _attend_chunk(problem, first)
     out, lse = others or (rows.new_empty(len(rows), heads * value), rows.new_empty(len(rows), heads))
-    for chunk in chunks:
-        q, k, v = (t.gather(i, heads, problem.width) for t, i in zip(*_operands(problem, chunk), strict=True))
-        tile_out, tile_lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
-        if chunk.blind is not None:
-            tile_out = tile_out.masked_fill(chunk.blind[:, None, :, None], 0.0)
-            tile_lse = tile_lse.masked_fill(chunk.blind[:, None], -torch.inf)
-        done = to_rows(tile_out, heads, value), tile_lse.transpose(1, 2).reshape(-1, heads)
+
+    def attend_one(chunk: Chunk) -> None:
+        done = _attend_chunk(problem, chunk)
         if others is not None:
             chunk.queries.merge(out, lse, *done)
-        elif chunk.queries.covers(len(rows)):
-            return done
         else:
             chunk.queries.put(out, done[0])
             chunk.queries.put(lse, done[1])
+
+    run_all(attend_one, chain([first], chunks), problem.parallel)
     return out, lse
 
 
+def _attend_chunk(problem: Problem, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Rows of output ``(n * tq, heads * value_dim)`` and log-sum-exp of the queries of a chunk."""
+    q, k, v = (t.gather(i, problem.heads, problem.width) for t, i in zip(*_operands(problem, chunk), strict=True))
+    out, lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
+    if chunk.blind is not None:
+        out = out.masked_fill(chunk.blind[:, None, :, None], 0.0)
+        lse = lse.masked_fill(chunk.blind[:, None], -torch.inf)
+    return to_rows(out, problem.heads, problem.v.dim), lse.transpose(1, 2).reshape(-1, problem.heads)
+
+
 @tiled_attention.register_fake
-def _(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale):
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), _lse_like(q)
+def _(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse):
+    lse = _lse_like(q)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse if need_lse else lse.new_empty(0)
 
 
 @torch.library.custom_op("regard::tiled_attention_backward", mutates_args=())
@@ -228,12 +281,14 @@ def _gradients(
     kind = problem.q.rows.dtype
     flat_lse = problem.fold(lse.unsqueeze(-1)).reshape(-1, problem.heads)
     saved = Saved(
-        Rows(problem.fold(grad_out), kind),
-        Rows(problem.fold(out), kind),
+        Rows(problem.fold(grad_out), kind, "grad"),
+        Rows(problem.fold(out), kind, "out"),
         flat_lse.masked_fill(flat_lse == -torch.inf, 0.0),
         None if grad_lse is None else problem.fold(grad_lse.unsqueeze(-1)).reshape(flat_lse.shape),
     )
-    grads = [torch.zeros_like(t.rows) for t in (problem.q, problem.k, problem.v)]
+    alone = len(parts) == 1 and problem.blocks is None
+    grads = [(torch.empty_like if alone else torch.zeros_like)(problem.q.rows)]
+    grads += [torch.zeros_like(t.rows) for t in (problem.k, problem.v)]
     grad_table = torch.zeros_like(problem.table.flatten(1)) if need_table and problem.table is not None else None
     for chunks in parts:
         _backward(problem, chunks, saved, grads, grad_table, len(parts) == 1)
@@ -256,7 +311,9 @@ def _backward(
     """Add the gradients of one part; ``alone`` when no other part shows keys to the same queries."""
     heads, width = problem.heads, problem.width
     grad_q, grad_k, grad_v = grads
-    for chunk in chunks:
+    adding = Lock()  # neighbouring tiles share keys
+
+    def go_back(chunk: Chunk) -> None:
         q, k, v = (t.gather(i, heads, width) for t, i in zip(*_operands(problem, chunk), strict=True))
         grad, out = (t.gather(chunk.queries, heads, width) for t in (saved.grad, saved.out))
         lse = chunk.queries.take(saved.lse).transpose(1, 2)
@@ -271,10 +328,13 @@ def _backward(
             chunk.queries.put(grad_q, dq)
         else:
             chunk.queries.add(grad_q, dq)
-        chunk.keys.add(grad_k, dk)
-        chunk.keys.add(grad_v, dv)
-        if grad_table is not None and scores is not None and chunk.offsets is not None:
-            _add_to_table(grad_table, scores, chunk.offsets)
+        with adding:
+            chunk.keys.add(grad_k, dk)
+            chunk.keys.add(grad_v, dv)
+            if grad_table is not None and scores is not None and chunk.offsets is not None:
+                _add_to_table(grad_table, scores, chunk.offsets)
+
+    run_all(go_back, chunks, problem.parallel)
 
 
 def _operands(problem: Problem, chunk: Chunk) -> tuple[tuple[Rows, Rows, Rows], tuple[Index, Index, Index]]:
@@ -302,7 +362,7 @@ def _setup_context(ctx, inputs, output):
     q, k, v, table, valid, blocks, *static = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, table, valid, blocks, *output)
-    ctx.static = static
+    ctx.static = static[:-1]
 
 
 def _autograd(ctx, grad_out, grad_lse):
@@ -313,7 +373,7 @@ def _autograd(ctx, grad_out, grad_lse):
     dq, dk, dv, dtable = tiled_attention_backward(
         grad_out, grad_lse, q, k, v, table, valid, blocks, out, lse, *ctx.static, need_table
     )
-    return dq, dk, dv, dtable if need_table else None, *[None] * 8
+    return dq, dk, dv, dtable if need_table else None, *[None] * 9
 
 
 tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
@@ -326,7 +386,8 @@ def _pairs(q_shape, k_shape, block, blocks_shape, spec, q_start, zeros) -> int:
 
 
 @register_flop_formula(torch.ops.regard.tiled_attention)
-def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, *, out_shape=None, **_) -> int:
+def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse, *, out_shape=None,
+           **_) -> int:  # fmt: skip
     pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
     return 2 * q[0] * q[-2] * pairs * (q[-1] + v[-1])
 
