@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regard.layers.gates import SqueezeGate, StatisticsGate, SubspaceGate, TokenGate
+from regard.layers.gates import EfficientChannelGate, SqueezeGate, StatisticsGate, SubspaceGate, TokenGate
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -24,6 +24,23 @@ def test_the_squeeze_gate_scales_channels_by_a_function_of_their_means(grid):
     plain = SqueezeGate(6)
     assert isinstance(plain.act, nn.ReLU)
     assert isinstance(plain.gate, nn.Sigmoid)
+
+
+@pytest.mark.parametrize("grid", [(5,), (4, 6)])
+def test_the_efficient_channel_gate_looks_at_neighbouring_channels(grid):
+    gate = EfficientChannelGate(6, 5, **DOUBLE)
+    x = torch.randn(3, 6, *grid, **DOUBLE)
+    means = x.flatten(2).mean(-1)
+    for c in range(6):
+        near = sum(gate.conv.weight[0, 0, t] * means[:, c + t - 2] for t in range(5) if 0 <= c + t - 2 < 6)
+        torch.testing.assert_close(gate(x)[:, c], x[:, c] * near.sigmoid().reshape(-1, *[1] * len(grid)))
+
+
+def test_the_efficient_channel_gate_grows_with_the_logarithm_of_the_channels():
+    sizes = {dim: EfficientChannelGate(dim, device="meta").conv.weight.shape[-1] for dim in (16, 64, 128, 256, 512, 2048)}
+    assert sizes == {16: 3, 64: 3, 128: 5, 256: 5, 512: 5, 2048: 7}
+    with pytest.raises(ValueError, match="kernel_size must be odd; got 4"):
+        EfficientChannelGate(8, 4)
 
 
 def test_the_statistics_gate_uses_means_and_unbiased_deviations():

@@ -43,7 +43,10 @@ MIXERS = [
     ("neighborhood", {"kernel_size": 3, "dilation": 2}),
     ("neighborhood", {"kernel_size": 5, "pad": "token"}),
     ("outlook", {}),
+    ("reversed", {}),
     ("sparsifiner", {"keep_rate": 0.4}),
+    ("strip", {"ratio": 2}),
+    ("strip", {"ratio": 3, "strip": 2, "pool": "mean"}),
     ("window", {"window_size": 3, "shift": 1}),
     ("window", {"window_size": 3, "shift": 1, "pad": "token"}),
 ]
@@ -327,6 +330,66 @@ def test_criss_cross_starts_as_the_identity():
     assert torch.equal(create_mixer("criss_cross", dim=16, heads=1)(x), x)
 
 
+def naive_reversed(mixer, tokens, senders, messages=None):
+    """What a sequence of tokens gets from a sequence of senders: each sends to all, by the heads it chooses."""
+    q, _, v = split_heads(mixer, senders)
+    _, k, _ = split_heads(mixer, tokens)
+    group = mixer.heads // mixer.kv_heads
+    received = torch.zeros(len(tokens), mixer.heads, mixer.value_dim, dtype=torch.float64)
+    for s, token in enumerate(senders):
+        share = torch.softmax(mixer.selector.weight @ token / mixer.temperature, 0)
+        hidden = torch.nn.functional.gelu(mixer.controller.fc1.weight @ token)
+        message = 1 / (1 + torch.exp(-(mixer.controller.fc2.weight @ hidden)))
+        message = message if messages is None else message * messages[s]
+        for head in range(mixer.heads):
+            logits = torch.stack([q[s, head] @ key[head // group] for key in k]) * mixer.head_dim**-0.5
+            for r, weight in enumerate(torch.softmax(logits, 0)):
+                received[r, head] += weight * share[head] * message * v[s, head // group]
+    return project_out(mixer, received.flatten(1))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kv_heads": 1, "temperature": 2.0}, {"qkv_bias": False, "hidden": 5}], ids=ids)
+def test_reversed_equals_formula_with_extra_tokens_and_context(arguments):
+    mixer = random_mixer("reversed", **arguments)
+    x, extra, context = (torch.randn(*shape, 16, dtype=torch.float64) for shape in ((2, 3), (2,), (5,)))
+    flat = x.flatten(0, 1)
+    assert_same(mixer(x[None])[0], naive_reversed(mixer, flat, flat).unflatten(0, (2, 3)))
+    both = torch.cat([flat, extra])
+    y, y_extra = mixer(x[None], extra[None])
+    assert_same(torch.cat([y[0].flatten(0, 1), y_extra[0]]), naive_reversed(mixer, both, both))
+    assert_same(mixer(x[None], context=context[None])[0].flatten(0, 1), naive_reversed(mixer, flat, context))
+    y, y_extra = mixer(x[None], extra[None], context=context[None])
+    expected = naive_reversed(mixer, both, torch.cat([context, extra]))
+    assert_same(torch.cat([y[0].flatten(0, 1), y_extra[0]]), expected)
+
+
+def test_reversed_rotates_senders_and_receivers_of_the_grid():
+    mixer = random_mixer("reversed", rope=True, temperature=3.0)
+    x, extra = torch.randn(1, 2, 3, 16, dtype=torch.float64), torch.randn(1, 2, 16, dtype=torch.float64)
+    sides = [mixer.project(t, t) for t in (x, extra)]
+    q, k = (torch.cat([rope(sides[0][i]).flatten(1, 2), sides[1][i]], 1) for i in (0, 1))
+    weights = (torch.einsum("bshd,brhd->bhsr", q, k) * mixer.head_dim**-0.5).softmax(-1)
+    both = torch.cat([x.flatten(1, 2), extra], 1)
+    v = torch.cat([sides[0][2].flatten(1, 2), sides[1][2]], 1) * mixer.gates(both, mixer.message(both)).unsqueeze(-1)
+    expected = mixer.proj(torch.einsum("bhsr,bshd->brhd", weights, v).flatten(2))
+    y, y_extra = mixer(x, extra)
+    assert_same(torch.cat([y.flatten(1, 2), y_extra], 1), expected)
+
+
+def test_reversed_layers_hand_their_messages_on():
+    mixer = random_mixer("reversed")
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    before = torch.rand(1, 6, dtype=torch.float64)
+    y, messages, dependencies = mixer.send(x, before.log(), need_dependencies=True)
+    assert_same(y[0], naive_reversed(mixer, x[0], x[0], before[0]))
+    assert bool((messages <= before.log()).all())
+    assert_same(dependencies.sum(-1), messages.exp())  # of each sender, over all receivers and heads
+    fresh = mixer.send(x, need_dependencies=True)
+    assert_same(fresh.dependencies * before.unsqueeze(-1), dependencies)
+    assert mixer.send(x).dependencies is None
+    assert_same(fresh.y, mixer(x))
+
+
 @pytest.mark.parametrize("recurrence", [1, 2])
 def test_criss_cross_sees_the_cross_once_and_everything_twice(recurrence):
     mixer = random_mixer("criss_cross", heads=1, recurrence=recurrence)
@@ -570,6 +633,7 @@ def test_extra_tokens_see_and_are_seen_by_everything(pad):
         ("gated_positional", (3, 4, 5), {"rank": 3}),
         ("axial", (3, 4, 5), {}),
         ("criss_cross", (3, 4, 5), {}),
+        ("reversed", (3, 4, 5), {}),
         ("bi_level_routing", (9,), {"rank": 1, "regions": 3, "topk": 2}),
         ("bi_level_routing", (3, 4, 5), {"rank": 3, "regions": (1, 2, 2), "topk": 2}),
         ("locally_enhanced", (3, 4, 5), {"rank": 3}),
@@ -603,6 +667,7 @@ def test_attention_dropout_acts_in_training_only():
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=0), "topk must be -1 .* got 0"),
         (lambda: create_mixer("axial", dim=16, heads=2, axes=(0, 0)), r"distinct.* got \(0, 0\)"),
         (lambda: create_mixer("axial", dim=16, heads=2, axes=(2,))(torch.randn(1, 3, 3, 16)), "Axis.2. does not exist"),
+        (lambda: create_mixer("reversed", dim=16, heads=2, temperature=0.0), "temperature must be positive; got 0.0"),
         (lambda: create_mixer("criss_cross", dim=16, heads=2, recurrence=0), "at least 1; got 0"),
         (lambda: create_mixer("multi_head", dim=16, heads=4, kv_heads=3), "kv_heads=3"),
         (

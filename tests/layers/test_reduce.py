@@ -1,5 +1,6 @@
 """Token reduction: who stays, what stands for the others, and the way back to the grid."""
 
+import itertools
 import math
 import random
 
@@ -9,6 +10,7 @@ import torch
 from regard.layers.reduce import (
     FusingReducer,
     MaskingReducer,
+    ResizingReducer,
     TokenMap,
     TokenReducer,
     TreeReducer,
@@ -126,17 +128,21 @@ def test_masked_tokens_stay_in_place_as_zeros_and_never_come_back():
     first, tokens = MaskingReducer(0.6, prefix=PREFIX)(x, scores, TokenMap.full(3, N))
     assert tokens.present == 7
     again = 1.0 - scores  # the dead have the largest scores now
-    second, later = MaskingReducer(0.5, prefix=PREFIX)(first, again, tokens)
+    second, later = MaskingReducer(0.3, prefix=PREFIX)(first, again, tokens)
     for item, row in enumerate(scores.tolist()):
         alive = set(ranking(row)[:7])
         assert tokens.alive[item].nonzero().flatten().tolist() == sorted(alive)
-        left = sorted(sorted(alive, key=lambda i: row[i])[: math.ceil(0.5 * 7)])
+        left = sorted(sorted(alive, key=lambda i: row[i])[: math.ceil(0.3 * N)])
         assert later.alive[item].nonzero().flatten().tolist() == left
         for y, those in ((first, alive), (second, left)):
             for i in range(N):
                 assert torch.equal(y[item, PREFIX + i], x[item, PREFIX + i] * (i in those))
     assert torch.equal(second[:, :PREFIX], x[:, :PREFIX])
     assert torch.equal(later.restore(second, PREFIX), second[:, PREFIX:])
+    third, same = MaskingReducer(0.9, prefix=PREFIX)(second, scores, later)  # more than there are
+    assert torch.equal(third, second)
+    assert torch.equal(same.alive, later.alive)
+    assert same.present == later.present == 4
 
 
 def test_dropped_tokens_are_represented_by_the_nearest_kept_ancestor():
@@ -156,6 +162,20 @@ def test_dropped_tokens_are_represented_by_the_nearest_kept_ancestor():
     assert same is tokens
 
 
+def test_weights_between_tokens_go_to_the_places_whose_own_tokens_are_left():
+    parents = torch.tensor([[0, 0, 0, 4, 4, 4]])
+    _, tokens = TreeReducer(0.5, prefix=0)(
+        torch.randn(1, 6, 2), torch.tensor([[9.0, 1, 7, 2, 8, 3]]), TokenMap.full(1, 6), parents
+    )
+    weights = torch.rand(1, 3, 3)  # the tokens of places 0, 4 and 2, in this order; 1, 3 and 5 are represented by others
+    own, expected = [0, 4, 2], torch.zeros(1, 6, 6)
+    for i, sender in enumerate(own):
+        for j, receiver in enumerate(own):
+            expected[0, sender, receiver] = weights[0, i, j]
+    assert torch.equal(tokens.spread(weights), expected)
+    assert torch.equal(TokenMap.full(1, 3).spread(weights), weights)
+
+
 def test_a_long_chain_of_dropped_parents_is_followed_to_its_end():
     n = 33
     parents = torch.tensor([[max(0, i - 1) for i in range(n)]])
@@ -163,6 +183,49 @@ def test_a_long_chain_of_dropped_parents_is_followed_to_its_end():
     x = torch.arange(1.0, n + 1).reshape(1, n, 1)
     y, tokens = TreeReducer(0.5, prefix=0)(x, scores, TokenMap.full(1, n), parents, count=1)
     assert tokens.restore(y, 0).flatten().tolist() == [1.0] * n
+
+
+@pytest.mark.parametrize(("grid", "size"), [((7,), 3), ((5, 6), 2), ((4, 6), (4, 3)), ((3, 4, 5), (2, 4, 3)), ((2, 3), 4)])
+def test_a_resized_grid_is_interpolated_and_its_nearest_tokens_stand_for_places(grid, size):
+    sizes = size if isinstance(size, tuple) else (size,) * len(grid)
+    x = torch.randn(2, *grid, DIM, dtype=torch.float64)
+    y, tokens = ResizingReducer(size)(x, TokenMap.full(2, math.prod(grid)))
+
+    def weight(cell, count, place, length):
+        """Of a place in a cell: hats of unit width around the cell's middle, in units of places, kept inside."""
+        middle = min(max((cell + 0.5) * length / count - 0.5, 0), length - 1)
+        return max(0.0, 1 - abs(middle - place))
+
+    for cell in itertools.product(*map(range, sizes)):
+        expected = torch.zeros(2, DIM, dtype=torch.float64)
+        for place in itertools.product(*map(range, grid)):
+            share = math.prod(weight(*each) for each in zip(cell, sizes, place, grid, strict=True))
+            expected += share * x[:, *place]
+        torch.testing.assert_close(y[:, *cell], expected)
+    restored = tokens.restore(y.flatten(1, -2), 0).unflatten(1, grid)
+    for place in itertools.product(*map(range, grid)):
+        inside = [min(int((p + 0.5) * m / n), m - 1) for p, m, n in zip(place, sizes, grid, strict=True)]
+        assert torch.equal(restored[:, *place], y[:, *inside])
+    assert tokens.present == math.prod(sizes)
+    assert not tokens.alive.any()
+
+
+def test_resizing_comes_after_other_reductions_and_a_size_can_be_set():
+    x = torch.randn(1, 12, DIM, dtype=torch.float64)
+    kept, tokens = TokenReducer(0.5, prefix=0, order="position")(x, torch.arange(12.0)[None], TokenMap.full(1, 12))
+    reducer = ResizingReducer(6)
+    same, unchanged = reducer(kept, tokens)
+    assert same is kept
+    assert unchanged is tokens
+    reducer.size = 2
+    y, later = reducer(kept, tokens)
+    assert later.place[0].tolist() == [-1] * 6 + [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(later.restore(y, 0)[0, 6:], y[0, [0, 0, 0, 1, 1, 1]])
+    assert not later.restore(y, 0)[0, :6].any()
+    with pytest.raises(ValueError, match=r"at least 1 on every axis; got \(2, 0\)"):
+        reducer.size = (2, 0)
+    with pytest.raises(ValueError, match=r"with 6 tokens; got \(1, 12, 3\)"):
+        reducer(x, tokens)
 
 
 def test_the_rate_falls_with_a_half_cosine():

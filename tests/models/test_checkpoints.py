@@ -10,7 +10,7 @@ from torch import nn
 
 from regard import create_model, load_checkpoint
 from regard.models import export_state_dict, save_checkpoint
-from regard.models.checkpoints import TRANSFORMS, Layout, Rule
+from regard.models.checkpoints import TRANSFORMS, Layout, Rule, split_rules
 
 NARROW = {"dim": 8, "head_dim": 4, "depths": (2, 1, 1, 1), "num_classes": 3}
 MODELS = {
@@ -60,6 +60,7 @@ SHAPES = {
     "side_by_side": (6, 4, 1, 2),
     "depthwise1x1": (6, 1, 1, 1),
     "channel_map": (1, 6, 1, 1),
+    "conv1x1_of_sequence": (6, 4, 1, 1),
     "flat_quadrant": (3, 16),
 }
 
@@ -81,21 +82,44 @@ def test_a_query_minus_key_table_is_mirrored():
 
 def test_rules_shift_numbers_both_ways_and_the_first_match_wins():
     layout = Layout("x", (Rule("a.{i}.special", "b.{i}.own"), Rule("a.{i}.{name}", "b.{i+1}.{j}.{name}".replace("{j}.", ""))))
-    assert layout.read("a.10.special") == ("b.10.own", None)
-    assert layout.read("a.10.deep.weight") == ("b.11.deep.weight", None)
-    assert layout.write("b.11.deep.weight") == ("a.10.deep.weight", None)
-    assert layout.write("b.0.deep.weight") is None
+    special, deep = layout.rules
+    assert layout.read("a.10.special") == ("b.10.own", special)
+    assert layout.read("a.10.deep.weight") == ("b.11.deep.weight", deep)
+    assert layout.write("b.11.deep.weight") == [("a.10.deep.weight", deep)]
+    assert layout.write("b.10.own") == [("a.10.special", special)]
+    assert layout.write("b.0.deep.weight") == []
     assert layout.read("ab.1.weight") is None
 
 
 def test_rules_scale_numbers_both_ways_and_each_reads_its_own_residue():
     rules = (Rule("a.{i}.{j}.first.{name}", "b.{i}.{2j}.{name}"), Rule("a.{i}.{j}.second.{name}", "b.{i}.{2j+1}.{name}"))
     layout = Layout("x", rules)
-    assert layout.read("a.3.10.first.weight") == ("b.3.20.weight", None)
-    assert layout.read("a.3.10.second.weight") == ("b.3.21.weight", None)
-    assert layout.write("b.3.20.weight") == ("a.3.10.first.weight", None)
-    assert layout.write("b.3.21.weight") == ("a.3.10.second.weight", None)
-    assert layout.write("b.0.1.weight") == ("a.0.0.second.weight", None)
+    first, second = rules
+    assert layout.read("a.3.10.first.weight") == ("b.3.20.weight", first)
+    assert layout.read("a.3.10.second.weight") == ("b.3.21.weight", second)
+    assert layout.write("b.3.20.weight") == [("a.3.10.first.weight", first)]
+    assert layout.write("b.3.21.weight") == [("a.3.10.second.weight", second)]
+    assert layout.write("b.0.1.weight") == [("a.0.0.second.weight", second)]
+
+
+def test_parts_of_a_tensor_join_and_split_in_order():
+    rules = (*split_rules(3, "a.{part}.w", "b.w", "conv1x1_of_sequence"), *split_rules(3, "a.{part}.n", "b.n"))
+    layout = Layout("parts", (*rules, Rule("{name}", "{name}")))
+    module = nn.Module()
+    module.b, module.own = nn.Module(), nn.Parameter(torch.zeros(2))
+    module.b.w = nn.Parameter(torch.arange(12.0).view(6, 2, 1))
+    module.b.register_buffer("n", torch.tensor(7))
+    written = {key: value.clone() for key, value in export_state_dict(module, layout).items()}
+    assert list(written) == ["own", "a.0.w", "a.1.w", "a.2.w", "a.0.n", "a.1.n", "a.2.n"]
+    assert written["a.1.w"].flatten().tolist() == [4, 5, 6, 7]
+    assert written["a.1.w"].shape == (2, 2, 1, 1)
+    assert [written[f"a.{i}.n"].item() for i in range(3)] == [7, 7, 7]
+    expected = {key: value.clone() for key, value in module.state_dict().items()}
+    nn.init.zeros_(module.b.w)
+    assert load_checkpoint(module, dict(reversed(written.items())), layouts=[layout]) == "parts"
+    assert same(module.state_dict(), expected)
+    with pytest.raises(ValueError, match=r"read as 'parts'\)\. missing: b\.w$"):
+        load_checkpoint(module, {key: value for key, value in written.items() if key != "a.1.w"}, layouts=[layout])
 
 
 @pytest.mark.parametrize("wrap", [lambda d: {"model": d}, lambda d: {"state_dict": {f"module.{k}": v for k, v in d.items()}}])

@@ -127,5 +127,5 @@ def test_plans_of_devices_that_are_not_here():
 
 def test_backends_say_where_they_run():
     found = regard.backends()
-    assert list(found) == ["reference", "dense", "tiled", "flex", "natten"]
+    assert list(found) == ["reference", "dense", "tiled", "triton", "flex", "natten"]
     assert [found[name] for name in ("reference", "dense", "tiled")] == [None] * 3

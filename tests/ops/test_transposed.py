@@ -75,11 +75,40 @@ def test_it_is_the_gradient_of_attention_in_the_values():
     torch.testing.assert_close(attend_transposed(q, k, sent, pattern), gradient)
 
 
+@pytest.mark.parametrize("pattern", [Dense(), Window(3, shift=1), Neighborhood(3, border="zero")], ids=str)
+def test_a_known_log_sum_exp_saves_one_attention_and_changes_nothing(pattern):
+    from regard import attend
+    from regard.bench import count
+
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, *GRID, 2, 4, dtype=torch.float64).unbind())
+    _, lse = attend(q, k, v, pattern, scale=0.6, return_lse=True)
+    with count() as cost:
+        ours = attend_transposed(q, k, v, pattern, scale=0.6, lse=lse)
+    assert cost.calls == 1
+    theirs = torch.einsum("bhqk,bqhd->bkhd", matrix(q, k, pattern, 0.6), v.flatten(1, -3)).unflatten(1, GRID)
+    torch.testing.assert_close(ours, theirs)
+    out = torch.randn_like(ours)
+    for mine, its in zip(*(torch.autograd.grad(y, (q, k, v), out, retain_graph=True) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, its)
+    with pytest.raises(ValueError, match=r"lse must be one number per query and head, \(2, 5, 6, 2\); got \(2, 5, 6\)"):
+        attend_transposed(q, k, v, pattern, lse=lse[..., 0])
+
+
 def test_what_every_query_sends_sums_to_one_and_weights_of_senders_are_factors():
     q, k = torch.randn(2, 1, *GRID, 2, 4, dtype=torch.float64).unbind()
     factors = torch.rand(1, *GRID, 2, 1, dtype=torch.float64)
     received = attend_transposed(q, k, factors, Window(4))
     torch.testing.assert_close(received.sum((1, 2)), factors.sum((1, 2)))
+
+
+def test_dropout_drops_weights_and_scales_the_others():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 30, 2, 4, dtype=torch.float64).unbind()
+    each = torch.eye(30, dtype=torch.float64)[None, :, None].expand(1, 30, 2, 30)  # what a key receives of every query
+    whole, dropped = (attend_transposed(q, k, each, dropout=p) for p in (0.0, 0.25))
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, kept * whole / 0.75)
+    assert 0.7 < kept.double().mean() < 0.8  # 1800 of them, five deviations away
 
 
 def test_half_precision_keeps_the_log_sum_exp():

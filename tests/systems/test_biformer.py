@@ -5,8 +5,12 @@ import torch
 import torch.nn.functional as F
 from naive_backbones import batch_norm, conv, heads_of, layer_norm, linear, mlp, multiply_adds, patches, tiny
 
-from regard import create_model, list_models
+from regard import attend, create_model, list_models
+from regard.bench import count
+from regard.layers.mixers import BiLevelRoutingAttention
 from regard.models import count_parameters, model_card
+from regard.ops.patterns import Blocks
+from regard.train.measure import memory
 
 SIZES = {  # dim, depths
     "biformer_tiny": (64, (2, 2, 8, 2)),
@@ -143,6 +147,42 @@ def test_routing_carries_no_gradient_and_unrouted_regions_get_none():
     expected = torch.zeros(9, 9, dtype=torch.bool)
     expected[3 * (routed // 3) : 3 * (routed // 3) + 3, 3 * (routed % 3) : 3 * (routed % 3) + 3] = True
     assert torch.equal(gradient, expected)
+
+
+def test_routed_attention_is_dense_attention_under_the_mask_of_the_table_in_whatever_order_it_lists():
+    mixer = BiLevelRoutingAttention(8, 2, regions=3, topk=4, dtype=torch.float64)
+    q, k, v = torch.randn(3, 2, 7, 10, 2, 4, dtype=torch.float64).unbind(0)  # regions of 3 x 4, the last ones cut
+    pattern = mixer.route(q, k)
+    region = torch.tensor([[row // 3 * 3 + column // 4 for column in range(10)] for row in range(7)]).flatten()
+    listed = pattern.table4()[:, 0]
+    seen = (listed[:, region].unsqueeze(2) == region[:, None]).any(-1)  # (batch, queries, keys)
+    queries, keys, values = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+    logits = (queries @ keys.transpose(-1, -2) * mixer.scale).masked_fill(~seen[:, None], -torch.inf)
+    expected = (logits.softmax(-1) @ values).transpose(1, 2).unflatten(1, (7, 10))
+    torch.testing.assert_close(mixer.mix(q, q, k, v, []), expected, rtol=1e-12, atol=1e-12)
+    other = Blocks(pattern.table[..., torch.tensor([2, 0, 3, 1])], pattern.block)
+    torch.testing.assert_close(attend(q, k, v, other, scale=mixer.scale), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("regions", "topk"), [(3, 2), (4, 5), (6, 36)])
+def test_attention_costs_what_the_paper_says(regions, topk):
+    mixer = BiLevelRoutingAttention(8, 2, regions=regions, topk=topk)
+    with count() as cost:
+        mixer(torch.randn(1, 12, 12, 8))
+    tokens = 12 * 12
+    assert cost.flops / 2 == 2 * 8 * tokens**2 * topk / regions**2
+
+
+@pytest.mark.parametrize(("regions", "topk"), [(4, 4), (8, 1)])
+def test_memory_grows_with_the_tokens_and_not_with_their_square(regions, topk):
+    def per_token(side, backend):
+        mixer = BiLevelRoutingAttention(16, 2, regions=regions, topk=topk, backend=backend)
+        taken = memory(mixer, torch.randn(1, side, side, 16))
+        return torch.tensor([taken["inference_bytes"], taken["training_bytes"]]) / side**2
+
+    small, large = per_token(24, "auto"), per_token(48, "auto")
+    assert (large <= 1.02 * small).all()
+    assert (per_token(32, "reference") > 3 * per_token(16, "reference")).all()  # all pairs, masked afterwards
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from skimage import data
 from torch import Tensor, nn
 
-from regard import list_models
+from regard import create_model, list_models
 from regard.layers.mixers import PatternMixer
 from regard.ops.patterns import parse
 
@@ -56,7 +56,12 @@ ISOTROPIC = {"dim": 16, "head_dim": 8, "depth": 4}
 NARROW_OTHERWISE = {  # tables of one resolution, and those that list the widths of their stages
     "evit": ISOTROPIC,
     "convit": ISOTROPIC,
+    "dependency_vit": {"dim": 16, "heads": 2, "depth": 4},
     "sparsifiner": ISOTROPIC,
+    "lookup_vit": ISOTROPIC | {"size": (2, 3)},
+    "moh": NARROW | {"shared": (2, 2, 2, 4), "routed": (0, 1, 3, 4)},
+    "convshare_vit": {"side": 8, "depth": 2, "kernel_size": 5},
+    "dualtoken_vit": {"dims": (16, 24, 32), "heads": (2, 2, 2), "depths": (1, 1, 1)},
     "efficientvit_msra": {"dims": (16, 24, 32), "heads": (2, 3, 2), "window_sizes": (3, 2, 2)},
     "patnet": {"dim": 16, "depths": (2, 1, 1, 1)},
     "shvit": {"dims": (16, 24, 32), "depths": (2, 1, 1), "parts": (None, 7, 8)},
@@ -117,6 +122,36 @@ def decoder(row: dict[str, str], **options) -> nn.Module:
     return resolve_name(row["entry"])("(1)1(1)", 15, 60, 2, 8, 16, 32, 2, 4, **options)
 
 
+SMALL_VIT = {"dim": 16, "head_dim": 8, "depth": 4, "num_classes": 5, "drop_path_rate": 0.0}
+
+
+class Analysis(nn.Module):
+    """What a function of a model and images measures, all its tensors in one ``(numbers, ...)``, as if it were a layer."""
+
+    def __init__(self, measure: Callable[..., object], **options) -> None:
+        super().__init__()
+        self.measure, self.model = measure, create_model("vit_tiny_patch16_224", **SMALL_VIT, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.measure(self.model, x)
+        if not isinstance(found, list):
+            return self._numbers(found)
+        return torch.stack([self._numbers(each) for each in found])
+
+    @staticmethod
+    def _numbers(found: object) -> Tensor:
+        return torch.cat([t.flatten().double() for t in vars(found).values() if isinstance(t, Tensor)])
+
+
+def analysis(row: dict[str, str], **options) -> nn.Module:
+    return Analysis(resolve_name(row["entry"]), **options)
+
+
+def wrapper(row: dict[str, str], **options) -> nn.Module:
+    """Around a small vision transformer."""
+    return resolve_name(row["entry"])(create_model("deit_tiny_patch16_224", **SMALL_VIT, **options))
+
+
 KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "backbone": (backbone, photos),
     "mixer": (mixer, tokens),
@@ -124,6 +159,8 @@ KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "operator": (operator, tokens),
     "generator": (generator, levels),
     "decoder": (decoder, runs),
+    "analysis": (analysis, photos),
+    "wrapper": (wrapper, photos),
 }
 
 

@@ -56,17 +56,24 @@ def blocks(x, weights, name, heads, seen):
 def cross(x, context, weights, name, heads, seen):
     q = linear(norm(x, weights, f"{name}.norm"), weights, f"{name}.q")
     k, v = linear(norm(context, weights, f"{name}.context_norm"), weights, f"{name}.kv").chunk(2, -1)
-    return x + linear(masked(q, k, v, heads, seen), weights, f"{name}.proj")
+    x = x + linear(masked(q, k, v, heads, seen), weights, f"{name}.proj")
+    if f"{name}.mlp.norm.weight" not in weights:
+        return x
+    hidden = F.gelu(linear(norm(x, weights, f"{name}.mlp.norm"), weights, f"{name}.mlp.op.fc1"))
+    return x + linear(hidden, weights, f"{name}.mlp.op.fc2")
 
 
-def naive_body(x, weights, segments, causal=False, condition=None, before=0):
+def naive_body(x, weights, segments, causal=False, condition=None, before=0, extra=None):
     """From embedded tokens ``(batch, groups, size, dim)`` to tokens and latents of the same layout."""
-    same = GROUP[:, None] == GROUP
+    count = 0 if extra is None else extra.shape[2]
+    group = torch.arange(GROUPS * (count + SIZE)) // (count + SIZE)
+    same = group[:, None] == group
     local = same & torch.ones_like(same).tril() if causal else same
     earlier = LATENT_GROUP[:, None] >= LATENT_GROUP
     wide = earlier if causal else torch.ones_like(earlier)
-    reads = LATENT_GROUP[:, None] == GROUP
-    x = (x + weights["body.positions"]).flatten(1, 2)
+    reads = LATENT_GROUP[:, None] == group
+    x = x + weights["body.positions"]
+    x = (x if extra is None else torch.cat((extra, x), 2)).flatten(1, 2)
     z = (weights["body.latents"].expand(len(x), -1, -1, -1) + before).flatten(1, 2)
     for i in range(segments):
         name = f"body.segments.{i}"
@@ -83,7 +90,7 @@ def naive_body(x, weights, segments, causal=False, condition=None, before=0):
             if causal:
                 late = torch.cat((torch.zeros_like(z[:, :LATENTS]), z[:, :-LATENTS]), 1)
             x = cross(x, late, weights, f"{name}.write", 2, reads.T)
-    return x.unflatten(1, (GROUPS, SIZE)), z.unflatten(1, (GROUPS, LATENTS))
+    return x.unflatten(1, (GROUPS, count + SIZE)), z.unflatten(1, (GROUPS, LATENTS))
 
 
 @pytest.mark.parametrize("layers", ["(1)2(2)1(1)", "(1)1(0)2"])
@@ -98,9 +105,30 @@ def test_the_encoder_equals_masked_dense_transformers(layers):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_denoiser_equals_masked_dense_transformers():
-    model = tiny(FITDenoiser, "(1)1(1)2", in_dim=5, out_dim=6, condition_dim=7)
+def test_extra_tokens_of_a_group_come_before_it_without_positions():
+    model = tiny(FIT, in_dim=5, extra_dim=3)
     weights, x = model.state_dict(), torch.randn(2, GROUPS, SIZE, 5, dtype=torch.float64)
+    extra = torch.randn(2, GROUPS, 2, 3, dtype=torch.float64)
+    embedded = norm(linear(x, weights, "stem.0"), weights, "stem.1")
+    beside = norm(linear(extra, weights, "extra_stem.0"), weights, "extra_stem.1")
+    tokens, latents = naive_body(embedded, weights, 3, extra=beside)
+    for found, expected in zip(
+        model(x, extra), (norm(tokens, weights, "norm"), norm(latents, weights, "latent_norm")), strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    swapped = model(x, extra.flip(2))[0]  # they are a set
+    torch.testing.assert_close(swapped[:, :, 2:], model(x, extra)[0][:, :, 2:], rtol=1e-11, atol=1e-11)
+    plain = tiny(FIT, in_dim=5)
+    plain.load_state_dict({key: value for key, value in weights.items() if not key.startswith("extra_stem")})
+    torch.testing.assert_close(model(x)[0], plain(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cross_mlp", [False, True])
+def test_the_denoiser_equals_masked_dense_transformers(cross_mlp):
+    model = tiny(FITDenoiser, "(1)1(1)2", in_dim=5, out_dim=6, condition_dim=7, cross_mlp=cross_mlp)
+    weights, x = model.state_dict(), torch.randn(2, GROUPS, SIZE, 5, dtype=torch.float64)
+    followed = {key.split(".mlp.")[0] for key in weights if ".mlp." in key}  # not where latents read the condition
+    assert followed == ({"body.segments.0.read", "body.segments.0.write", "body.segments.1.read"} if cross_mlp else set())
     time, condition = torch.tensor([0.1, 0.8], dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64)
     before = torch.randn(2, GROUPS, LATENTS, 16, dtype=torch.float64)
     angles = torch.stack((1000 * time, 10 * time), 1)
@@ -228,6 +256,14 @@ def test_parameters_follow_from_the_sizes():
     (lambda: FIT("2(1)", **SIZES, in_dim=5), r"such as '\(2\)4\(2\)'; got '2\(1\)'"),
     (lambda: FIT("(1)0(1)", **SIZES, in_dim=5), r"only the last segment may have no global blocks; got '\(1\)0\(1\)'"),
     (lambda: FIT("(1)", **SIZES, in_dim=5)(torch.zeros(1, 3, 5, 5)), r"expected x \(batch, 3, 4, 5\); got \(1, 3, 5, 5\)"),
+    (
+        lambda: FIT("(1)", **SIZES, in_dim=5, extra_dim=3)(torch.zeros(1, 3, 4, 5), torch.zeros(1, 2, 4, 3)),
+        r"expected extra \(batch, 3, n, 3\); got \(1, 2, 4, 3\)",
+    ),
+    (
+        lambda: FIT("(1)", **SIZES, in_dim=5)(torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 2, 3)),
+        r"expected extra none, as extra_dim is 0; got \(1, 3, 2, 3\)",
+    ),
     (lambda: FITAutoregressive("(1)", **SIZES, values=5)(torch.zeros(3, 4).long()), r"expected x .*got \(3, 4\)"),
     (lambda: FITDenoiser("(1)", **SIZES, in_dim=5, condition_dim=3), r"layers need global blocks; got '\(1\)'"),
     (lambda: FITDenoiser("(1)1", **(SIZES | {"latent_dim": 12}), in_dim=5, condition_dim=3), r"multiple of 8.*got 12"),

@@ -69,6 +69,29 @@ def naive_sparsifiner(image, weights, keep_rate, depth=3, heads=2):
     return linear(norm(x, weights, "norm")[:, 0], weights, "head"), masks
 
 
+def naive_pruned(image, weights, keep_rate, rates, heads=2):
+    """One image, from which dropped patches are really taken away, with their rows of the predictors; and who is left."""
+    x, left = embed(image, weights), list(range(1, image.shape[-1] // 16 * (image.shape[-2] // 16) + 1))
+    places = len(left)
+    for i, rate in enumerate(rates):
+        block, rows = f"blocks.{i}", [0, *left]
+        normed = norm(x, weights, f"{block}.norm1")
+        q, k, v = (split(part, heads)[0] for part in linear(normed, weights, f"{block}.attn.qkv").chunk(3, -1))
+        of_left = {key: value[rows] if "proj_n" in key or "proj_back" in key else value for key, value in weights.items()}
+        scores = approximate(q[:, 1:], k, of_left, f"{block}.attn.mask_predictor", heads, False)
+        mask = torch.zeros(heads, len(rows), len(rows), dtype=torch.bool)
+        mask[:, 0] = True
+        budget = min(math.ceil(keep_rate * (1 + places)), len(left))
+        mask[:, 1:].scatter_(-1, scores.topk(budget).indices, True)
+        maps = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf).softmax(-1)
+        x = x + linear((maps @ v).transpose(0, 1).flatten(1)[None], weights, f"{block}.attn.proj")
+        x = feed_forward(x, weights, block)
+        if rate is not None:
+            best = sorted(maps[:, 0, 1:].mean(0).topk(math.ceil(rate * places)).indices.tolist())
+            x, left = x[:, [0, *(1 + i for i in best)]], [left[i] for i in best]
+    return linear(norm(x, weights, "norm")[:, 0], weights, "head"), left
+
+
 @pytest.mark.parametrize("keep_rate", [0.25, 0.6])
 def test_equals_the_definition(keep_rate):
     model, weights = small("sparsifiner_deit_small", depth=3, image_size=96, keep_rate=keep_rate)
@@ -150,6 +173,60 @@ def test_tables_of_another_grid_are_resized_and_those_of_the_prefix_are_not():
     expected = nn.functional.interpolate(places, (7, 9), mode="bicubic")[0].flatten(1).T
     torch.testing.assert_close(resized[2:], expected)
     assert sparse(tokens(7, 9), tokens(2))[0].shape == (2, 7, 9, DIM)
+
+
+@pytest.mark.parametrize("keep_rate", [0.1, 0.5])
+def test_pruned_patches_might_as_well_not_be_there(keep_rate):
+    """Few keys of many, and more than there are patches in the end."""
+    options = {"depth": 4, "image_size": 96, "keep_rate": keep_rate, "token_rate": 0.6, "prune_at": (0, 2)}
+    model, weights = small("sparsifiner_deit_small", **options)
+    images = torch.randn(3, 3, 96, 96, dtype=torch.float64)
+    logits, state = model(images), model.run_blocks(images)[-1]
+    for item, image in enumerate(images):
+        expected, left = naive_pruned(image[None], weights, keep_rate, (0.6, None, 0.36, None))
+        torch.testing.assert_close(logits[item : item + 1], expected, rtol=1e-11, atol=1e-11)
+        assert len(left) == state.tokens.present == math.ceil(0.36 * 36)
+        assert (state.tokens.alive[item].nonzero().flatten() + 1).tolist() == left
+    features = model.get_intermediate_layers(images, 1, reshape=True)[0]
+    assert torch.equal(features.flatten(2).transpose(1, 2).abs().sum(-1) > 0, state.tokens.alive)
+    dead = model.forward_features(images)[:, 1:][~state.tokens.alive]
+    assert torch.equal(dead, model.norm.bias.expand_as(dead))  # zeros, normalised
+    cut = model.cut((0, 3)).eval()
+    assert torch.equal(cut(images)[1], features)
+
+
+def test_dropped_places_get_no_gradient_and_the_predictors_are_trained_on_all():
+    model, _ = small("sparsifiner_deit_small", depth=3, image_size=96, token_rate=0.5, prune_at=(0,))
+    teacher, _ = small("deit_small_patch16_224", depth=3, image_size=96)
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    states = model.run_blocks(images, (0, 1, 2))
+    late = torch.autograd.grad(states[2].x[:, 0].square().sum(), states[0].x)[0][:, 1:].abs().sum(-1) > 0
+    assert torch.equal(late, states[0].tokens.alive)
+    assert late.sum(-1).eq(18).all()
+    plain, _ = small("sparsifiner_deit_small", depth=3, image_size=96)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(reconstruction_loss(model, teacher, images), reconstruction_loss(plain, teacher, images))
+
+
+def test_a_rate_per_pruning_is_a_power_and_other_mixers_are_refused_with_the_reason():
+    model = create_model("sparsifiner_deit_tiny", device="meta", token_rate=0.7)
+    rates = {i: block.reducer.rate for i, block in enumerate(model.blocks) if block.reducer is not None}
+    assert rates == pytest.approx({3: 0.7, 6: 0.49, 9: 0.343})
+    assert count_parameters(model) == model_card("sparsifiner_deit_tiny").params
+    with pytest.raises(ValueError, match=r"ranks tokens by its own attention.*: it takes no other mixer; got 'window'"):
+        create_model("sparsifiner_deit_tiny", token_rate=0.7, mixer="window")
+    with pytest.raises(ValueError, match=r"prune_at must be blocks 0 to 11; got \[3, 12\]"):
+        create_model("sparsifiner_deit_tiny", token_rate=0.7, prune_at=(12, 3), device="meta")
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\]; got 1.5"):
+        create_model("sparsifiner_deit_tiny", token_rate=1.5, device="meta")
+
+
+def test_pruning_is_one_graph():
+    model, _ = small("sparsifiner_deit_small", depth=2, image_size=64, token_rate=0.5, prune_at=(0,))
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-10, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------------------------------------------

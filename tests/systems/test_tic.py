@@ -179,7 +179,7 @@ def test_parameter_counts_equal_the_closed_form(name, dim, depths):
 
 
 def test_another_mixer_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="in one: it takes no other; got 'window'"):
+    with pytest.raises(ValueError, match="in one: it takes no other mixer; got 'window'"):
         create_model("tic_tiny", mixer="window")
 
 

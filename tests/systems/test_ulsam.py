@@ -1,5 +1,7 @@
 """ULSAM (40): subspaces are modules of their own, and it takes the place of repeated layers of a small network as published."""
 
+from collections import OrderedDict
+
 import peers
 import pytest
 import torch
@@ -7,7 +9,7 @@ from naive_backbones import multiply_adds, randomise
 from torch import nn
 
 from regard.layers.gates import SubspaceGate
-from regard.models import count_parameters
+from regard.models import count_parameters, export_state_dict, load_checkpoint, ulsam_layout
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -21,6 +23,54 @@ def alone(gate, group):
             count = size if value.shape[0] == gate.dim else 1
             single.state_dict()[name].copy_(value[group * count : (group + 1) * count])
     return single
+
+
+class Subspace(nn.Module):
+    """One group, with the layers and names of the release."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv_dws = nn.Conv2d(dim, dim, 1, groups=dim)
+        self.bn_dws = nn.BatchNorm2d(dim, momentum=0.9)
+        self.conv_point = nn.Conv2d(dim, 1, 1)
+        self.bn_point = nn.BatchNorm2d(1, momentum=0.9)
+
+    def forward(self, x):
+        hidden = nn.functional.max_pool2d(self.bn_dws(self.conv_dws(x)).relu(), 3, 1, 1)
+        logits = self.bn_point(self.conv_point(hidden)).relu()
+        return x + x * logits.flatten(2).softmax(2).view_as(logits)
+
+
+class Ulsam(nn.Module):
+    def __init__(self, dim, groups):
+        super().__init__()
+        self.subspaces = nn.ModuleList(Subspace(dim // groups) for _ in range(groups))
+
+    def forward(self, x):
+        return torch.cat([part(each) for part, each in zip(self.subspaces, x.chunk(len(self.subspaces), 1), strict=True)], 1)
+
+
+def network(gate):
+    """With a layer of its own whose name is like those inside the gates."""
+    return nn.Sequential(OrderedDict(norm1=nn.Conv2d(3, 12, 1), first=gate(12, 4), last=gate(12, 3))).double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_official_names_load_and_are_written_in_a_network_and_alone(training):
+    theirs, ours = randomise(network(Ulsam)), network(SubspaceGate)
+    official = theirs.state_dict()
+    assert "first.subspaces.3.bn_dws.num_batches_tracked" in official
+    assert load_checkpoint(ours, official, layouts=[ulsam_layout(ours)]) == "official"
+    exported = export_state_dict(ours, ulsam_layout(ours))
+    assert exported.keys() == official.keys()
+    assert all(torch.equal(exported[key], value) for key, value in official.items())
+    x = torch.randn(2, 3, 5, 7, **DOUBLE)
+    torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x), rtol=1e-12, atol=1e-12)
+    alone = SubspaceGate(12, 3, **DOUBLE)
+    load_checkpoint(alone, theirs.last.state_dict(), layouts=[ulsam_layout(alone)])
+    assert all(torch.equal(alone.state_dict()[key], value) for key, value in ours.last.state_dict().items())
+    with pytest.raises(ValueError, match="Linear has none"):
+        ulsam_layout(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -63,7 +63,11 @@ class Residual(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.scale(self.op(self.norm(x))))
+        return x + self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to ``x``."""
+        return self.drop_path(self.scale(self.op(self.norm(x))))
 
 
 class TokenBatchNorm(nn.BatchNorm1d):

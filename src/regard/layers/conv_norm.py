@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .blocks import DropPath
 from .gates import SqueezeGate
+from .linear import Linear
 
 Activation = Callable[[], nn.Module]
 
@@ -228,7 +229,7 @@ class NormLinear(nn.Module):
     def __init__(self, dim: int, out: int, *, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim, eps=eps, device=device, dtype=dtype)
-        self.linear = nn.Linear(dim, out, device=device, dtype=dtype)
+        self.linear = Linear(dim, out, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
@@ -237,7 +238,7 @@ class NormLinear(nn.Module):
         """The linear layer that this is in eval mode."""
         norm, linear = self.norm, self.linear
         scale, shift = _affine(norm)
-        made = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        made = Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
         bias = linear.bias + linear.weight @ shift
         made.load_state_dict({"weight": (linear.weight * scale).detach(), "bias": bias.detach()})
         return made

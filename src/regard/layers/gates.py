@@ -6,11 +6,14 @@ the input. Source: each states its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linear import Linear
 
 Activation = Callable[[], nn.Module]
 
@@ -50,14 +53,40 @@ class SqueezeGate(nn.Module):
         super().__init__()
         self.dim = dim
         hidden = hidden or max(1, dim // 4)
-        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc1 = Linear(dim, hidden, device=device, dtype=dtype)
         self.act = act()
-        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
         self.gate = gate()
 
     def forward(self, x: Tensor) -> Tensor:
         _check_channels(x, self.dim)
         return x * _on_channels(self.gate(self.fc2(self.act(self.fc1(x.flatten(2).mean(-1))))), x)
+
+
+class EfficientChannelGate(nn.Module):
+    """``x * sigmoid(conv(mean over the grid of x))`` with a 1-D convolution along the channels.
+
+    Args:
+        dim: channels.
+        kernel_size: odd; ``(log2(dim) + 1) / 2``, rounded down and to the next odd number, by default.
+
+    Raises:
+        ValueError: an even kernel.
+
+    Source: Wang et al., ECA-Net, arXiv:1910.03151. It has ``kernel_size`` parameters.
+    """
+
+    def __init__(self, dim: int, kernel_size: int | None = None, *, device=None, dtype=None) -> None:
+        super().__init__()
+        size = int((math.log2(dim) + 1) / 2) // 2 * 2 + 1 if kernel_size is None else kernel_size
+        if size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd; got {kernel_size}")
+        self.dim = dim
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_channels(x, self.dim)
+        return x * _on_channels(self.conv(x.flatten(2).mean(-1).unsqueeze(1)).squeeze(1).sigmoid(), x)
 
 
 class StatisticsGate(nn.Module):
@@ -76,7 +105,7 @@ class StatisticsGate(nn.Module):
     def __init__(self, dim: int, *, gate: Activation = nn.Hardsigmoid, device=None, dtype=None) -> None:
         super().__init__()
         self.dim = dim
-        self.fc = nn.Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
+        self.fc = Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm1d(dim, device=device, dtype=dtype)
         self.gate = gate()
 
@@ -170,10 +199,10 @@ class TokenGate(nn.Module):
         hidden = hidden or max(1, dim // 4)
         factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, **factory)
-        self.global_reduce = nn.Linear(dim, hidden, **factory)
-        self.local_reduce = nn.Linear(dim, hidden, **factory)
-        self.channel_select = nn.Linear(hidden, dim, **factory)
-        self.token_select = nn.Linear(2 * hidden, 1, **factory)
+        self.global_reduce = Linear(dim, hidden, **factory)
+        self.local_reduce = Linear(dim, hidden, **factory)
+        self.channel_select = Linear(hidden, dim, **factory)
+        self.token_select = Linear(2 * hidden, 1, **factory)
         self.act, self.gate = act(), gate()
 
     def forward(self, x: Tensor) -> Tensor:

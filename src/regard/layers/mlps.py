@@ -113,7 +113,7 @@ class GLU(MLP):
 
     def __init__(self, dim: int, hidden: int | None = None, out: int | None = None, **options) -> None:
         super().__init__(dim, hidden, out, **options)
-        self.fc1 = nn.Linear(
+        self.fc1 = Linear(
             dim, 2 * self.fc2.in_features, bias=self.fc1.bias is not None,
             device=self.fc1.weight.device, dtype=self.fc1.weight.dtype,
         )  # fmt: skip

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import attend
+from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
 from ..ops.route import summaries
 from .conv import CONVOLUTIONS, convolve_tokens
+from .linear import Linear
 
 RESIZE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -121,6 +123,12 @@ class PoolKV(nn.Module):
             size = tuple(max(1, n // self.ratio) for n in grid)
         return adaptive_pool(x, size) if self.kind == "adaptive" else resize_tokens(x, size)
 
+    def footprint(self, grid: Sequence[int]) -> Footprint:
+        """Which tokens of a grid each pooled token stands for; see :class:`regard.ops.footprint.Footprint`."""
+        if self.kind in ("mean", "conv"):
+            return Footprint(tuple(grid), "windows", self.ratio)
+        return Footprint(tuple(grid), self.kind)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.reduce(self.before(x)))
 
@@ -162,9 +170,9 @@ class ClassAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.heads, self.prefix = dim, heads, prefix
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
+        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, prefix + n, dim)`` to what the leading tokens gathered, ``(batch, prefix, dim)``."""
@@ -203,7 +211,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, *, device=None, dtype=None) -> None:
         super().__init__()
-        self.score = nn.Linear(dim, 1, device=device, dtype=dtype)
+        self.score = Linear(dim, 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return weighted_mean(x, self.score(x).flatten(1).softmax(-1).unflatten(1, x.shape[1:-1]))

@@ -12,6 +12,8 @@ from ..ops.call import HeadTable
 from ..ops.patterns import Dense, Ints, Pattern, Separable, as_pattern, grid_positions
 from ..ops.rope import rope
 from .conv import convolve_tokens, depthwise
+from .linear import Linear
+from .pools import RESIZE_MODES, resize_tokens
 
 
 class OffsetBias(nn.Module):
@@ -225,8 +227,8 @@ class PooledOffsetMLP(nn.Module):
 
     def __init__(self, heads: int, hidden: int = 512, *, device=None, dtype=None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2, hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, heads, device=device, dtype=dtype)
+        self.fc1 = Linear(2, hidden, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, heads, device=device, dtype=dtype)
 
     def forward(self, q_grid: Sequence[int], k_grid: Sequence[int], trained: Sequence[int] | None = None) -> Tensor:
         """The bias ``(heads, queries, keys)``.
@@ -264,13 +266,14 @@ def _spaced_offsets(queries: int, keys: int, trained: int, like: Tensor) -> tupl
 
 
 class PositionTable(nn.Module):
-    """Adds a learned vector per place to tokens ``(batch, *grid, dim)`` on a 2-D grid.
+    """Adds a learned vector per place to tokens ``(batch, *grid, dim)`` on a grid of 1 to 3 axes.
 
-    On another grid than the table's own the table is resized bicubically, as fine-tuning at another resolution does.
+    On another grid than the table's own the table is resized as fine-tuning at another resolution does: bicubically on two
+    axes, linearly on one or three.
 
     Args:
         dim: channels.
-        grid: rows and columns of the table.
+        grid: lengths of the table's axes.
         std: standard deviation of the initial table.
 
     Source: Dosovitskiy et al., ViT, arXiv:2010.11929.
@@ -278,8 +281,8 @@ class PositionTable(nn.Module):
 
     def __init__(self, dim: int, grid: Sequence[int], *, std: float = 0.02, device=None, dtype=None) -> None:
         super().__init__()
-        if len(grid) != 2:
-            raise ValueError(f"the grid of a position table has rows and columns; got {tuple(grid)}")
+        if len(grid) not in RESIZE_MODES:
+            raise ValueError(f"the grid of a position table has 1 to 3 axes; got {tuple(grid)}")
         self.std = std
         self.table: Tensor = nn.Parameter(torch.empty(1, *grid, dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -288,11 +291,15 @@ class PositionTable(nn.Module):
         nn.init.trunc_normal_(self.table, std=self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[-1] != self.table.shape[-1]:
-            raise ValueError(f"expected (batch, rows, columns, {self.table.shape[-1]}); got {tuple(x.shape)}")
         table = self.table
-        if x.shape[1:3] != table.shape[1:3]:
-            table = resize_offset_table(table.movedim(-1, 1)[0], x.shape[1:3]).movedim(0, -1)
+        if x.ndim != table.ndim or x.shape[-1] != table.shape[-1]:
+            axes = "rows, columns" if table.ndim == 4 else f"{table.ndim - 2} grid axes"
+            raise ValueError(f"expected (batch, {axes}, {table.shape[-1]}); got {tuple(x.shape)}")
+        if x.shape[1:-1] != table.shape[1:-1]:
+            if table.ndim == 4:
+                table = resize_offset_table(table.movedim(-1, 1)[0], x.shape[1:3]).movedim(0, -1)
+            else:
+                table = resize_tokens(table, tuple(x.shape[1:-1]))
         return x + table
 
     def extra_repr(self) -> str:

@@ -6,7 +6,8 @@
 A reducer takes tokens ``(batch, prefix + n, dim)``, of which the prefix (class and distillation tokens) is never touched, and
 scores ``(batch, n)`` that say how much each of the others matters: the attention it gets from the class token (EViT), the mass
 it sends (DependencyViT). It returns the remaining tokens and a :class:`TokenMap`, which says for every place of the original
-grid which of the present tokens stands for it. Maps compose, so that after any number of reductions of any kind a dense head
+grid which of the present tokens stands for it. One that needs no scores, because it makes a smaller grid of the whole map
+(LookupViT), returns the same. Maps compose, so that after any number of reductions of any kind a dense head
 or a picture gets its grid back with one gather.
 
     tokens = TokenMap.full(batch, 14 * 14)
@@ -24,6 +25,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.patterns import Ints
+from .pools import resize_tokens, sizes_of
 
 
 class TokenMap(NamedTuple):
@@ -55,6 +59,10 @@ class TokenMap(NamedTuple):
         place = moved.gather(1, at).masked_fill(~known, -1)
         return TokenMap(place, self.alive & survives.gather(1, at), present)
 
+    def silence(self, x: Tensor) -> Tensor:
+        """Zero the tokens ``(batch, places, ...)`` of places that are not alive, where dropped tokens stay in place."""
+        return x.masked_fill(~self.alive.reshape(*self.alive.shape, *[1] * (x.ndim - 2)), 0.0)
+
     def restore(self, x: Tensor, prefix: int = 1) -> Tensor:
         """Put features back on their places.
 
@@ -68,6 +76,20 @@ class TokenMap(NamedTuple):
         features = x[:, prefix:]
         index = self.place.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return features.gather(1, index).masked_fill((self.place < 0).unsqueeze(-1), 0.0)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """Put weights between tokens on the places of both.
+
+        Args:
+            weights: ``(batch, n, n)`` between the present tokens, without the prefix.
+
+        Returns:
+            ``(batch, places, places)``: those of the places' own tokens, 0 where one is gone.
+        """
+        index = self.place.clamp(min=0)
+        rows = weights.gather(1, index.unsqueeze(2).expand(-1, -1, weights.shape[2]))
+        both = rows.gather(2, index.unsqueeze(1).expand(-1, index.shape[1], -1))
+        return both * (self.alive.unsqueeze(1) & self.alive.unsqueeze(2)).to(both.dtype)
 
 
 class Split(NamedTuple):
@@ -245,7 +267,8 @@ class TreeReducer(TokenReducer):
 class MaskingReducer(TokenReducer):
     """The dropped tokens stay where they are, as zeros: for layers that are tied to the number of tokens.
 
-    The share to keep is of the tokens still alive, and only those compete. ``tokens.alive`` is the mask of keys to see.
+    The share to keep is of all tokens, the zeros among them; only those still alive compete. ``tokens.alive`` is the mask of
+    keys to see.
 
     Args:
         rate, prefix: see :class:`TokenReducer`; the order is always that of the grid.
@@ -257,7 +280,7 @@ class MaskingReducer(TokenReducer):
         super().__init__(rate, prefix=prefix, order="position")
 
     def forward(self, x: Tensor, scores: Tensor, tokens: TokenMap, *, count: int | None = None) -> tuple[Tensor, TokenMap]:
-        count = kept_count(self.rate, tokens.present) if count is None else count
+        count = min(kept_count(self.rate, self.expected(tokens)), tokens.present) if count is None else count
         return super().forward(x, scores.masked_fill(~tokens.alive, -torch.inf), tokens, count=count)
 
     def expected(self, tokens: TokenMap) -> int:
@@ -266,8 +289,65 @@ class MaskingReducer(TokenReducer):
     def reduce(self, x: Tensor, scores: Tensor, tokens: TokenMap, split: Split) -> tuple[Tensor, TokenMap]:
         _, survives = moves(split, -1)
         alive = tokens.alive & survives
-        y = torch.cat([x[:, : self.prefix], x[:, self.prefix :] * alive.unsqueeze(-1).to(x.dtype)], 1)
-        return y, TokenMap(tokens.place.masked_fill(~alive, -1), alive, split.kept.shape[1])
+        tokens = TokenMap(tokens.place.masked_fill(~alive, -1), alive, split.kept.shape[1])
+        return torch.cat([x[:, : self.prefix], tokens.silence(x[:, self.prefix :])], 1), tokens
+
+
+class ResizingReducer(nn.Module):
+    """Tokens of a grid become those of another: their map, interpolated linearly; the nearest of them stands for a place.
+
+    On two axes this is a bilinear resize, on three a trilinear one, corners not aligned, without a filter before it. No token
+    stays itself unless the grid stays as it is.
+
+    Args:
+        size: tokens per axis afterwards, a number or one per axis; it may be set later, any size fits any grid.
+
+    Raises:
+        ValueError: a size below 1; a size per axis for a grid of another number of axes.
+
+    Source: Koner et al., LookupViT, arXiv:2407.12753.
+    """
+
+    def __init__(self, size: Ints) -> None:
+        super().__init__()
+        self.size = size
+
+    @property
+    def size(self) -> Ints:
+        """Tokens per axis after the reduction."""
+        return self._size
+
+    @size.setter
+    def size(self, value: Ints) -> None:
+        self._size = value if isinstance(value, int) else tuple(value)
+        if min(self._size if isinstance(self._size, tuple) else (self._size,)) < 1:
+            raise ValueError(f"size must be at least 1 on every axis; got {value}")
+
+    def forward(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
+        """Reduce.
+
+        Args:
+            x: ``(batch, *grid, dim)``.
+            tokens: the map so far.
+
+        Returns:
+            ``(batch, *size, dim)`` and the map after this reduction, whose indices are row-major.
+        """
+        grid = tuple(x.shape[1:-1])
+        if math.prod(grid) != tokens.present:
+            raise ValueError(f"expected (batch, *grid, dim) with {tokens.present} tokens; got {tuple(x.shape)}")
+        sizes = sizes_of(grid, self.size)
+        if sizes == grid:
+            return x, tokens
+        nearest = torch.zeros((), dtype=torch.long, device=x.device)
+        for length, size in zip(grid, sizes, strict=True):  # the cell that the middle of a place lies in
+            along = (2 * torch.arange(length, device=x.device) + 1) * size // (2 * length)
+            nearest = nearest.unsqueeze(-1) * size + along
+        moved = nearest.flatten().expand(x.shape[0], -1)
+        return resize_tokens(x, sizes), tokens.then(moved, torch.zeros_like(moved, dtype=torch.bool), math.prod(sizes))
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
 
 
 def cosine_rate(epoch: float, rate: float, start: float = 10, span: float = 100) -> float:

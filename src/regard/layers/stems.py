@@ -8,12 +8,15 @@ a constructor called with the number of channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.patterns import Ints
 from .blocks import TokenBatchNorm
-from .conv import convolve_tokens
+from .conv import CONVOLUTIONS, convolve_tokens
+from .linear import Linear
 
 Norm = Callable[..., nn.Module]
 
@@ -27,22 +30,25 @@ def pad_to_even(x: Tensor) -> Tensor:
 class PatchEmbed(nn.Module):
     """Patches of ``patch_size`` squared pixels, projected to ``dim`` channels and normalised.
 
-    Source: Dosovitskiy et al., ViT, arXiv:2010.11929.
+    A size per axis, ``(frames, rows, columns)``, makes it tubelets of videos ``(batch, channels, frames, height, width)``.
+
+    Source: Dosovitskiy et al., ViT, arXiv:2010.11929; Arnab et al., ViViT, arXiv:2103.15691.
     """
 
     def __init__(
-        self, in_chans: int, dim: int, *, patch_size: int = 4, norm: Norm | None = nn.LayerNorm, device=None, dtype=None
+        self, in_chans: int, dim: int, *, patch_size: Ints = 4, norm: Norm | None = nn.LayerNorm, device=None, dtype=None
     ) -> None:
         super().__init__()
-        self.reduction = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.sizes = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        self.reduction = self.sizes[-1]
+        conv: Any = CONVOLUTIONS[len(self.sizes)]
+        self.proj = conv(in_chans, dim, self.sizes, stride=self.sizes, device=device, dtype=dtype)
         self.norm = nn.Identity() if norm is None else norm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        bottom, right = -height % self.reduction, -width % self.reduction
-        if bottom or right:
-            image = F.pad(image, [0, right, 0, bottom])
+        pads = [-length % size for length, size in zip(image.shape[2:], self.sizes, strict=True)]
+        if any(pads):
+            image = F.pad(image, [n for pad in reversed(pads) for n in (0, pad)])
         return self.norm(self.proj(image).movedim(1, -1))
 
 
@@ -129,7 +135,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out: int, *, norm: Norm = nn.LayerNorm, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = norm(4 * dim, device=device, dtype=dtype)
-        self.reduction = nn.Linear(4 * dim, out, bias=False, device=device, dtype=dtype)
+        self.reduction = Linear(4 * dim, out, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_even(x)

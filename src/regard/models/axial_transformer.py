@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import Residual
+from ..layers.linear import Linear
 from ..layers.mixers import AxialAttention
 from ..layers.mlps import MLP
 
@@ -100,7 +101,7 @@ class AxialTransformer(nn.Module):
         self.outer = nn.ModuleList(block(axis, causal=axis == 0) for _ in range(outer) for axis in (1, 0))
         self.inner = nn.ModuleList(block(1, causal=True) for _ in range(inner))
         self.norm = nn.LayerNorm(dim, **factory)
-        self.head = nn.Linear(dim, values, **factory)
+        self.head = Linear(dim, values, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.blocks import LayerScale, Residual
+from ..layers.linear import Linear
 from ..layers.mixers import AttentionMixer, create_mixer
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, bias_parameters
@@ -88,6 +89,7 @@ class BackboneSpec:
         head: the classifier, called with the width of the pooled features and ``num_classes``.
         num_classes: outputs of the classifier.
         layouts: the names of published checkpoints.
+        fixed: why the token mixers cannot be swapped; empty where they can.
         network: the module that :func:`regard.create_model` builds from the table; :class:`Backbone` by default.
     """
 
@@ -113,6 +115,7 @@ class BackboneSpec:
     head: Callable[..., nn.Module] = nn.Linear
     num_classes: int = 1000
     layouts: tuple[Layout, ...] = ()
+    fixed: str = ""
     network: Callable[..., Backbone] | None = None
 
     def with_mixer(self, mixer: MixerChoice) -> BackboneSpec:
@@ -123,8 +126,10 @@ class BackboneSpec:
                 that the blocks of each stage repeat.
 
         Raises:
-            ValueError: anything else.
+            ValueError: anything else, or a table whose mixers are ``fixed``.
         """
+        if self.fixed:
+            raise ValueError(f"{self.fixed}: it takes no other mixer; got {mixer!r}")
         choices = mixer if isinstance(mixer, list) else [mixer]
         period = tuple(_block_spec(choice) for choice in choices)
         if not period:
@@ -312,7 +317,7 @@ class Backbone(Staged):
         self.norm = (spec.final_norm or spec.norm)(spec.stages[-1].dim, **factory)
         self.pre_logits: nn.Module = nn.Identity()
         if spec.pre_logits:
-            fc = nn.Linear(self.num_features, spec.pre_logits, **factory)
+            fc = Linear(self.num_features, spec.pre_logits, **factory)
             self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(spec.num_classes if num_classes is None else num_classes)

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -70,17 +70,32 @@ TRANSFORMS: dict[str, Transform] = {
     # the depthwise 1x1 convolution, or the (1, channels, 1, 1) map, of a channels-first network  <->  a vector
     "depthwise1x1": Transform(lambda weight: weight[:, 0, 0, 0], lambda factor: factor[:, None, None, None]),
     "channel_map": Transform(lambda values: values[0, :, 0, 0], lambda values: values[None, :, None, None]),
+    # the 1x1 convolution of a map  <->  that of a sequence
+    "conv1x1_of_sequence": Transform(lambda weight: weight[..., 0], lambda weight: weight[..., None]),
     # [heads, M^2] indexed by the distances down and across  <->  (heads, M, M)
     "flat_quadrant": Transform(_read_flat_quadrant, lambda quadrant: quadrant.flatten(1)),
 }
 
 
+class Part(NamedTuple):
+    """Which of so many equal parts, along its first axis, a foreign tensor is of ours; numbers are the same in all parts."""
+
+    number: int
+    of: int
+
+
 class Rule(NamedTuple):
-    """One kind of tensor: its foreign name, ours, and the name of a transform."""
+    """One kind of tensor: its foreign name, ours, the name of a transform, and which part of ours it is if not all."""
 
     pattern: str
     target: str
     transform: str | None = None
+    part: Part | None = None
+
+
+def split_rules(count: int, pattern: str, target: str, transform: str | None = None) -> tuple[Rule, ...]:
+    """The rules of a tensor of ours that others keep in ``count`` parts; ``{part}`` in the pattern is the number of a part."""
+    return tuple(Rule(pattern.replace("{part}", str(index)), target, transform, Part(index, count)) for index in range(count))
 
 
 @dataclass(frozen=True)
@@ -97,19 +112,23 @@ class Layout:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = field(default=())
 
-    def read(self, key: str) -> tuple[str, str | None] | None:
-        """Our name of a foreign key and the transform, or None for a key without a rule."""
+    def read(self, key: str) -> tuple[str, Rule] | None:
+        """Our name of a foreign key and its rule, or None for a key without one."""
         for rule in self.rules:
             if (name := _translate(key, rule.pattern, rule.target)) is not None:
-                return name, rule.transform
+                return name, rule
         return None
 
-    def write(self, key: str) -> tuple[str, str | None] | None:
-        """The foreign name of our key and the transform, or None for a key without a rule."""
+    def write(self, key: str) -> list[tuple[str, Rule]]:
+        """The foreign names of our key, one for each part, and their rules; empty for a key without one."""
+        names: list[tuple[str, Rule]] = []
         for rule in self.rules:
-            if (name := _translate(key, rule.target, rule.pattern)) is not None:
-                return name, rule.transform
-        return None
+            if (name := _translate(key, rule.target, rule.pattern)) is None:
+                continue
+            names.append((name, rule))
+            if rule.part is None or rule.part.number == rule.part.of - 1:
+                break
+        return names
 
     def ignores(self, key: str) -> bool:
         return any(re.search(pattern, key) for pattern in self.ignore)
@@ -228,8 +247,8 @@ def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
     return () if spec is None else spec.layouts
 
 
-def export_state_dict(model: nn.Module, layout: str = "regard") -> dict[str, Tensor]:
-    """The state dict of a model under the names of ``layout``: ``"regard"`` or one of the model's foreign layouts.
+def export_state_dict(model: nn.Module, layout: str | Layout = "regard") -> dict[str, Tensor]:
+    """The state dict of a model under the names of ``layout``: ``"regard"``, one of the model's foreign layouts, or any other.
 
     Raises:
         ValueError: a layout the model does not have, or a tensor that it has no name for (a swapped mixer's).
@@ -237,24 +256,30 @@ def export_state_dict(model: nn.Module, layout: str = "regard") -> dict[str, Ten
     tensors = dict(model.state_dict())
     if layout == "regard":
         return tensors
-    chosen = next((each for each in layouts_of(model) if each.name == layout), None)
+    chosen = layout if isinstance(layout, Layout) else next((each for each in layouts_of(model) if each.name == layout), None)
     if chosen is None:
         allowed = ", ".join(["regard", *(each.name for each in layouts_of(model))])
         raise ValueError(f"unknown layout {layout!r} for {type(model).__name__}; it has {allowed}")
     exported, unnamed = {}, []
     for key, value in tensors.items():
-        written = chosen.write(key)
-        if written is None:
+        names = chosen.write(key)
+        if not names:
             unnamed.append(key)
-            continue
-        name, transform = written
-        exported[name] = TRANSFORMS[transform].write(value) if transform else value
+        for name, rule in names:
+            piece = value.chunk(rule.part.of)[rule.part.number] if rule.part and value.ndim else value
+            exported[name] = TRANSFORMS[rule.transform].write(piece) if rule.transform else piece
     if unnamed:
-        raise ValueError(f"layout {layout!r} has no names for {_some(unnamed)}")
+        raise ValueError(f"layout {chosen.name!r} has no names for {_some(unnamed)}")
     return exported
 
 
-def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, object], *, new_head: bool = False) -> str:
+def load_checkpoint(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, object],
+    *,
+    new_head: bool = False,
+    layouts: Sequence[Layout] = (),
+) -> str:
     """Load a checkpoint into a model, whatever names it uses.
 
     The layout is the one that explains most keys. Relative bias tables of another window size are resized bicubically.
@@ -264,6 +289,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
         model: a model of :func:`regard.create_model`, or any module for its own names.
         source: a path (safetensors, or a ``torch.save`` of plain data) or a state dict.
         new_head: keep the model's classifier where the checkpoint's has another number of classes.
+        layouts: further ones that the names may be of, for modules that have none themselves.
 
     Returns:
         The name of the layout: ``"regard"``, ``"official"``, ``"timm"``, ...
@@ -275,7 +301,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike[str] | Mapping[s
     tensors = read_state_dict(source)
     expected = model.state_dict()
     unused: frozenset[str] = getattr(model, "unused_keys", frozenset())
-    readings = {"regard": _read(tensors, None)} | {each.name: _read(tensors, each) for each in layouts_of(model)}
+    readings = {"regard": _read(tensors, None)} | {each.name: _read(tensors, each) for each in (*layouts_of(model), *layouts)}
     layout = max(readings, key=lambda name: sum(key in expected or key in unused for key in readings[name][0]))
     found, unexpected = readings[layout]
     for key in bias_parameters(model) & found.keys():
@@ -304,7 +330,9 @@ def _read(tensors: Mapping[str, Tensor], layout: Layout | None) -> tuple[dict[st
     """The tensors under our names, and the keys that have no rule."""
     if layout is None:
         return dict(tensors), []
-    found, unknown = {}, []
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    parts: dict[str, dict[int, Tensor]] = {}
     for key, value in tensors.items():
         if layout.ignores(key):
             continue
@@ -312,8 +340,15 @@ def _read(tensors: Mapping[str, Tensor], layout: Layout | None) -> tuple[dict[st
         if read is None:
             unknown.append(key)
             continue
-        name, transform = read
-        found[name] = TRANSFORMS[transform].read(value) if transform else value
+        name, rule = read
+        value = TRANSFORMS[rule.transform].read(value) if rule.transform else value
+        if rule.part is None:
+            found[name] = value
+            continue
+        pieces = parts.setdefault(name, {})
+        pieces[rule.part.number] = value
+        if len(pieces) == rule.part.of:  # with parts missing, ours is missing
+            found[name] = torch.cat([pieces[i] for i in range(rule.part.of)]) if value.ndim else value
     return found, unknown
 
 

@@ -19,7 +19,6 @@ from ..layers.reduce import FusingReducer, TokenReducer, cosine_rate
 from ..ops import Source
 from ..ops import patterns as P
 from ..ops.weights import attend_weights
-from .builder import MixerChoice
 from .registry import ModelCard, register_models
 from .vit import TokenBlockSpec, TransformerSpec, VisionTransformer, vit
 
@@ -49,13 +48,6 @@ class EViT(VisionTransformer):
     def start_epoch(self, epoch: float, rate: float = 0.7, start: float = 10, span: float = 100) -> None:
         """Set the rate of an epoch of training, see :func:`regard.layers.reduce.cosine_rate`; evaluation keeps it too."""
         self.set_rate(cosine_rate(epoch, rate, start, span))
-
-
-class EViTSpec(TransformerSpec):
-    """A table whose mixers score tokens and meet them off the grid."""
-
-    def with_mixer(self, mixer: MixerChoice) -> TransformerSpec:
-        raise ValueError(f"EViT ranks tokens by the dense attention of the class token: it takes no other mixer; got {mixer!r}")
 
 
 def evit(
@@ -95,7 +87,8 @@ def evit(
     reducer = partial(FusingReducer if fuse else TokenReducer, rate)
     period = tuple(TokenBlockSpec(ScoredAttention, reducer=reducer if i in chosen else None) for i in range(depth))
     (stage,) = host.stages
-    return replace(EViTSpec(**vars(host)), stages=(replace(stage, period=period),), network=EViT)
+    fixed = "EViT ranks tokens by the dense attention of the class token, and the kept ones lie on no grid"
+    return replace(host, stages=(replace(stage, period=period),), fixed=fixed, network=EViT)
 
 
 _PAPER = "2202.07800"

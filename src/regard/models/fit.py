@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import Residual
+from ..layers.linear import Linear
 from ..layers.mixers import PatternMixer
 from ..layers.mlps import MLP
 from ..ops import attend
@@ -24,30 +25,32 @@ from ..ops import patterns as P
 
 
 class CrossAttention(nn.Module):
-    """``x + W_o softmax(q k^T / sqrt(d)) v`` with queries from ``LN(x)``, keys and values from ``LN(context)``.
+    """``y = x + W_o softmax(q k^T / sqrt(d)) v`` with queries from ``LN(x)``, keys and values from ``LN(context)``.
 
     Args:
         dim, context_dim: channels of what looks and of what is looked at; the heads share the smaller of the two.
         heads: attention heads.
+        hidden: of an MLP that follows, ``y + MLP(LN(y))``; 0 for none.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, **factory: Any) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int, hidden: int = 0, **factory: Any) -> None:
         super().__init__()
         self.heads, width = heads, min(dim, context_dim)
         if width % heads:
             raise ValueError(f"the smaller of both widths must be a multiple of heads; got {dim}, {context_dim}, heads={heads}")
         self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.context_norm = nn.LayerNorm(context_dim, eps=1e-6, **factory)
-        self.q = nn.Linear(dim, width, **factory)
-        self.kv = nn.Linear(context_dim, 2 * width, **factory)
-        self.proj = nn.Linear(width, dim, **factory)
+        self.q = Linear(dim, width, **factory)
+        self.kv = Linear(context_dim, 2 * width, **factory)
+        self.proj = Linear(width, dim, **factory)
+        self.mlp = _mlp(dim, hidden, factory) if hidden else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
         k, v = self.kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         y = attend(q, k, v)
         assert isinstance(y, Tensor)  # no lse was asked for
-        return x + self.proj(y.flatten(-2))
+        return self.mlp(x + self.proj(y.flatten(-2)))
 
 
 class Segment(nn.Module):
@@ -59,6 +62,7 @@ class Segment(nn.Module):
         local, wide: patterns of the local and the global blocks.
         conditional: whether latents also read a condition.
         writes: whether tokens read their latents afterwards.
+        cross_mlp: whether an MLP follows where latents read tokens, and tokens latents.
         mlp_ratio: hidden channels of the MLPs over the width.
     """
 
@@ -72,18 +76,20 @@ class Segment(nn.Module):
         *,
         conditional: bool,
         writes: bool,
+        cross_mlp: bool,
         mlp_ratio: float,
         **factory: Any,
     ) -> None:
         super().__init__()
         (dim, latent_dim), fewer = widths, min(heads)
+        hidden, latent_hidden = (int(d * mlp_ratio) if cross_mlp else 0 for d in widths)
         self.local = _transformer(depths[0], dim, heads[0], local, mlp_ratio, factory)
         if depths[1]:
-            self.read = CrossAttention(latent_dim, dim, fewer, **factory)
+            self.read = CrossAttention(latent_dim, dim, fewer, latent_hidden, **factory)
             self.wide = _transformer(depths[1], latent_dim, heads[1], wide, mlp_ratio, factory)
         both = bool(depths[1])
         self.condition = CrossAttention(latent_dim, latent_dim, heads[1], **factory) if both and conditional else None
-        self.write = CrossAttention(dim, latent_dim, fewer, **factory) if both and writes else None
+        self.write = CrossAttention(dim, latent_dim, fewer, hidden, **factory) if both and writes else None
         self.both = both
 
     def forward(self, x: Tensor, z: Tensor, condition: Tensor | None, delay: int) -> tuple[Tensor, Tensor]:
@@ -105,15 +111,22 @@ class Segment(nn.Module):
         return x, z
 
 
+def _mlp(dim: int, hidden: int, factory: dict) -> Residual:
+    return Residual(nn.LayerNorm(dim, eps=1e-6, **factory), MLP(dim, hidden, **factory))
+
+
 def _transformer(depth: int, dim: int, heads: int, pattern: P.Pattern, mlp_ratio: float, factory: dict) -> nn.Sequential:
     """Pre-norm blocks of attention and MLP."""
     return nn.Sequential(
         *(
-            Residual(nn.LayerNorm(dim, eps=1e-6, **factory), op)
+            part
             for _ in range(depth)
-            for op in (
-                PatternMixer(dim, heads, pattern, relative_bias=False, rank=2, **factory),
-                MLP(dim, int(dim * mlp_ratio), **factory),
+            for part in (
+                Residual(
+                    nn.LayerNorm(dim, eps=1e-6, **factory),
+                    PatternMixer(dim, heads, pattern, relative_bias=False, rank=2, **factory),
+                ),
+                _mlp(dim, int(dim * mlp_ratio), factory),
             )
         )
     )
@@ -128,6 +141,7 @@ class Interleaved(nn.Module):
         dim, latent_dim, heads, latent_heads: channels and heads of tokens and of latents.
         causal: whether tokens see only those before them in their group, and latents only their own and earlier groups.
         conditional: whether latents read a condition ``(batch, tokens, latent_dim)``.
+        cross_mlp: whether an MLP follows where latents read tokens, and tokens latents.
         mlp_ratio: hidden channels of the MLPs over the width.
 
     Raises:
@@ -147,6 +161,7 @@ class Interleaved(nn.Module):
         *,
         causal: bool = False,
         conditional: bool = False,
+        cross_mlp: bool = False,
         mlp_ratio: float = 4.0,
         device=None,
         dtype=None,
@@ -166,7 +181,7 @@ class Interleaved(nn.Module):
         self.segments = nn.ModuleList(
             Segment(
                 depth, (dim, latent_dim), (heads, latent_heads), P.Axis(1, causal), wide,
-                conditional=conditional, writes=i < len(depths) - 1, mlp_ratio=mlp_ratio, **factory,
+                conditional=conditional, writes=i < len(depths) - 1, cross_mlp=cross_mlp, mlp_ratio=mlp_ratio, **factory,
             )
             for i, depth in enumerate(depths)
         )  # fmt: skip
@@ -177,11 +192,18 @@ class Interleaved(nn.Module):
             shape = ", ".join(map(str, (*self.grid, *dim)))
             raise ValueError(f"expected x (batch, {shape}); got {tuple(x.shape)}")
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens and latents after all segments; ``before`` is added to the first latents."""
+    def forward(
+        self, x: Tensor, condition: Tensor | None = None, before: Tensor | None = None, extra: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and latents after all segments.
+
+        ``before`` is added to the first latents; ``extra`` are tokens ``(batch, groups, n, dim)`` without positions that stand
+        before those of their group, here and in the result.
+        """
         z = x[:, :, :0] if self.latents is None else self.latents.expand(len(x), -1, -1, -1)
         z = z if before is None else z + before
         x = x + self.positions
+        x = x if extra is None else torch.cat((extra, x), 2)
         for segment in self.segments:
             x, z = segment(x, z, condition, int(self.causal))
         return x, z
@@ -198,6 +220,10 @@ def _depths(layers: str) -> Sequence[tuple[int, int]]:
     return depths
 
 
+def _stem(in_dim: int, dim: int, factory: dict) -> nn.Sequential:
+    return nn.Sequential(Linear(in_dim, dim, **factory), nn.LayerNorm(dim, eps=1e-6, **factory))
+
+
 class FIT(nn.Module):
     """The encoder: features of grouped tokens ``(batch, groups, group_size, in_dim)``, and its latents.
 
@@ -205,21 +231,39 @@ class FIT(nn.Module):
 
     Args:
         in_dim: channels of the input.
+        extra_dim: channels of further tokens of each group; 0 where there are none.
         **body: see :class:`Interleaved`.
     """
 
     def __init__(self, layers: str, groups: int, group_size: int, latents: int, in_dim: int, dim: int, latent_dim: int,
-                 heads: int, latent_heads: int, *, device=None, dtype=None, **body) -> None:  # fmt: skip
+                 heads: int, latent_heads: int, *, extra_dim: int = 0, device=None, dtype=None, **body) -> None:  # fmt: skip
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        self.stem = nn.Sequential(nn.Linear(in_dim, dim, **factory), nn.LayerNorm(dim, eps=1e-6, **factory))
+        self.stem = _stem(in_dim, dim, factory)
+        self.extra_stem = _stem(extra_dim, dim, factory) if extra_dim else None
         self.body = Interleaved(layers, groups, group_size, latents, dim, latent_dim, heads, latent_heads, **factory, **body)
         self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.latent_norm = None if self.body.latents is None else nn.LayerNorm(latent_dim, eps=1e-6, **factory)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode.
+
+        Args:
+            x: ``(batch, groups, group_size, in_dim)``.
+            extra: ``(batch, groups, n, extra_dim)``, tokens without positions that take part in their group.
+
+        Returns:
+            The tokens of each group, the extra ones first, ``(batch, groups, n + group_size, dim)``, and the latents
+            ``(batch, groups, latents, latent_dim)``.
+        """
         self.body.check(x, self.stem[0].in_features)  # type: ignore[arg-type]  # of the linear layer
-        x, z = self.body(self.stem(x))
+        if extra is not None:
+            width = 0 if self.extra_stem is None else self.extra_stem[0].in_features
+            if self.extra_stem is None or extra.shape[:2] != x.shape[:2] or extra.ndim != 4 or extra.shape[-1] != width:
+                shape = f"(batch, {x.shape[1]}, n, {width})" if width else "none, as extra_dim is 0"
+                raise ValueError(f"expected extra {shape}; got {tuple(extra.shape)}")
+            extra = self.extra_stem(extra)
+        x, z = self.body(self.stem(x), extra=extra)
         return self.norm(x), z if self.latent_norm is None else self.latent_norm(z)
 
 
@@ -229,33 +273,32 @@ class FITDenoiser(nn.Module):
     Args:
         in_dim, out_dim: channels of the input and of the prediction, the same by default.
         condition_dim: channels of the condition's tokens.
-        **body: see :class:`Interleaved`.
+        layers to latent_heads, cross_mlp, mlp_ratio: see :class:`Interleaved`.
     """
 
     def __init__(self, layers: str, groups: int, group_size: int, latents: int, in_dim: int, dim: int, latent_dim: int,
-                 heads: int, latent_heads: int, *, condition_dim: int, out_dim: int | None = None, mlp_ratio: float = 4.0,
-                 device=None, dtype=None) -> None:  # fmt: skip
+                 heads: int, latent_heads: int, *, condition_dim: int, out_dim: int | None = None, cross_mlp: bool = False,
+                 mlp_ratio: float = 4.0, device=None, dtype=None) -> None:  # fmt: skip
         super().__init__()
         if latent_dim % 8:
             raise ValueError(f"latent_dim must be a multiple of 8, for the waves of the time; got {latent_dim}")
         factory = {"device": device, "dtype": dtype}
-        self.stem = nn.Sequential(nn.Linear(in_dim, dim, **factory), nn.LayerNorm(dim, eps=1e-6, **factory))
+        self.stem = _stem(in_dim, dim, factory)
         self.waves = latent_dim // 8
         self.time = nn.Sequential(
-            nn.Linear(2 * self.waves, latent_dim, **factory), nn.SiLU(), nn.Linear(latent_dim, latent_dim, **factory)
+            Linear(2 * self.waves, latent_dim, **factory), nn.SiLU(), Linear(latent_dim, latent_dim, **factory)
         )
-        self.condition = nn.Linear(condition_dim, latent_dim, **factory)
-        norm = nn.LayerNorm(latent_dim, eps=1e-6, **factory)
-        self.before = Residual(norm, MLP(latent_dim, int(latent_dim * mlp_ratio), **factory))
+        self.condition = Linear(condition_dim, latent_dim, **factory)
+        self.before = _mlp(latent_dim, int(latent_dim * mlp_ratio), factory)
         self.before_norm = nn.LayerNorm(latent_dim, eps=1e-6, **factory)
         nn.init.zeros_(self.before_norm.weight)
         self.body = Interleaved(
-            layers, groups, group_size, latents, dim, latent_dim, heads, latent_heads, conditional=True, mlp_ratio=mlp_ratio,
-            **factory,
+            layers, groups, group_size, latents, dim, latent_dim, heads, latent_heads, conditional=True,
+            cross_mlp=cross_mlp, mlp_ratio=mlp_ratio, **factory,
         )  # fmt: skip
         if self.body.latents is None:
             raise ValueError(f"time and condition enter through the latents: layers need global blocks; got {layers!r}")
-        self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6, **factory), nn.Linear(dim, out_dim or in_dim, **factory))
+        self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6, **factory), Linear(dim, out_dim or in_dim, **factory))
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict for noisy tokens.
@@ -307,7 +350,7 @@ class FITAutoregressive(nn.Module):
             layers, groups, group_size, latents, dim, latent_dim, heads, latent_heads, causal=True, **factory, **body
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.head = nn.Linear(dim, values, **factory)
+        self.head = Linear(dim, values, **factory)
         if tied:
             self.head.weight = self.embed.weight
 

@@ -1,21 +1,27 @@
 """HaloNet: a ResNet whose bottlenecks attend to a block of tokens and its halo where others convolve 3 x 3.
 
     act(x + BN(W_o act(BN(halo(act(BN(W_i x)))))));  where a stage begins, queries are every second token of an axis
-Cost: linear in tokens, (b + 2h)^2 keys per query. Source: Vaswani et al., HaloNet, arXiv:2103.12731; Wightman, timm (variants).
+Cost: linear in tokens, (b + 2h)^2 keys per query. Source: Vaswani et al., HaloNet, arXiv:2103.12731; Wightman, timm (H1 and
+the hybrids with convolutions).
+
+H0 and H2 to H7 have the paper's blocks, halos, widths and depths, and its numbers of parameters; its weights were never
+released. H1 is timm's, with 8 heads in the first stage too, where the paper has 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.blocks import DropPath
 from ..layers.conv import convolve_tokens
 from ..layers.conv_norm import Activation, ConvNorm, round_channels
-from ..layers.gates import SqueezeGate
+from ..layers.gates import EfficientChannelGate, SqueezeGate
+from ..layers.linear import Linear
 from ..layers.mixers import HaloAttention
 from ..layers.positions import OffsetEmbedding
 from .builder import BackboneSpec, BlockSpec, StageSpec, make_mixer
@@ -60,22 +66,33 @@ class BareHaloAttention(HaloAttention):
     those that occur, ``2 (block_size + 2 halo_size) - 1`` in all: published weights hold them.
 
     Args:
-        dim, heads, block_size, halo_size, **options: see :class:`regard.layers.mixers.HaloAttention`.
+        dim, heads, block_size, halo_size: see :class:`regard.layers.mixers.HaloAttention`.
+        value_ratio: channels of the result, and so of all values, over ``dim``.
+        **options: see :class:`regard.layers.mixers.HaloAttention`.
+
+    Attributes:
+        out: channels of the result.
     """
 
-    def __init__(self, dim: int, heads: int, block_size: int = 8, halo_size: int = 3, **options) -> None:
-        super().__init__(dim, heads, block_size, halo_size, relative_embedding=False, qkv_bias=False, **options)
+    def __init__(
+        self, dim: int, heads: int, block_size: int = 8, halo_size: int = 3, *, value_ratio: float = 1.0, **options
+    ) -> None:
+        self.out = int(dim * value_ratio)
+        if self.out % heads:
+            raise ValueError(f"heads must divide {self.out} channels of values; got {dim=}, {value_ratio=}, {heads=}")
+        options |= {"value_dim": self.out // heads, "relative_embedding": False, "qkv_bias": False}
+        super().__init__(dim, heads, block_size, halo_size, **options)
         factory = self.factory
         span = block_size + 2 * halo_size
         self.embedding = OffsetEmbedding(self.head_dim, self.pattern, span, spare=2 * halo_size, **factory)
-        self.q = nn.Linear(dim, dim, bias=False, **factory)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False, **factory)
+        self.q = Linear(dim, self.widths[0], bias=False, **factory)
+        self.kv = Linear(dim, sum(self.widths[1:]), bias=False, **factory)
         self.proj = nn.Identity()
         del self.qkv
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(context).unflatten(-1, (self.heads, -1)).chunk(2, -1)
+        k, v = self.kv(context).unflatten(-1, (self.heads, -1)).split([self.head_dim, self.value_dim], -1)
         return q, k, v
 
 
@@ -126,7 +143,8 @@ class Bottleneck(nn.Module):
     Args:
         spec, stage, block, drop_path, dim_in, stride: see :class:`regard.models.builder.Block`; ``mlp_ratio`` is that of the
             channels inside, rounded to a multiple of 8.
-        squeeze: hidden channels of a squeeze gate after each convolution, over its channels; 0 for none.
+        gate: follows each convolution, called with its channels; None for none.
+        group_size: channels per group of the convolutions; 0 for one group.
         act: class of the activations.
 
     Source: He et al., arXiv:1512.03385; Srinivas et al., BoTNet, arXiv:2101.11605.
@@ -141,7 +159,8 @@ class Bottleneck(nn.Module):
         *,
         dim_in: int,
         stride: int = 1,
-        squeeze: float = 0.0,
+        gate: Callable[..., nn.Module] | None = None,
+        group_size: int = 0,
         act: Activation = nn.ReLU,
         **factory,
     ) -> None:
@@ -153,12 +172,14 @@ class Bottleneck(nn.Module):
         self.conv1 = ConvNorm(dim_in, width, act=act, **factory)
         self.mixer: nn.Module | None = None
         if block.mixer is None:
-            self.conv2 = ConvNorm(width, width, 3, stride, act=act, **factory)
-            self.gate = SqueezeGate(width, round_channels(width * squeeze), **factory) if squeeze else nn.Identity()
+            groups = width // group_size if group_size else 1
+            self.conv2 = ConvNorm(width, width, 3, stride, groups=groups, act=act, **factory)
+            self.gate = nn.Identity() if gate is None else gate(width, **factory)
         else:
             strided = stride > 1 and block.mixer is BareHaloAttention
             line = replace(block, options={**block.options, "stride": stride}) if strided else block
             self.mixer = make_mixer(line, width, stage.heads, **factory)
+            width = self.mixer.out if isinstance(self.mixer, BareHaloAttention) else width
             pools = stride > 1 and not strided
             self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if pools else nn.Identity()
             self.norm = nn.BatchNorm2d(width, **factory)
@@ -175,6 +196,10 @@ class Bottleneck(nn.Module):
             y = self.mixer(y.movedim(1, -1)).movedim(-1, 1)
             y = self.act(self.norm(self.pool(y)))
         return self.act(self.shortcut(x) + self.drop_path(self.conv3(y))).movedim(1, -1)
+
+
+def _squeeze_gate(dim: int, *, ratio: float, **factory: Any) -> SqueezeGate:
+    return SqueezeGate(dim, round_channels(dim * ratio), **factory)
 
 
 class FinalConv(nn.Module):
@@ -199,11 +224,14 @@ def halonet(
     head_dim: int | None = None,
     block_size: int = 8,
     halo_size: int = 3,
+    value_ratio: float = 1.0,
+    query_dim: int | None = None,
     stem_dim: int = 64,
     stem_widths: Sequence[float] = (1.0,),
     stem_kernel: int = 7,
     stem_pool: bool = True,
-    squeeze: float = 0.0,
+    gate: Callable[..., nn.Module] | None = None,
+    group_size: int = 0,
     final_dim: int | None = None,
     act: Activation = nn.ReLU,
     drop_path: float = 0.0,
@@ -222,8 +250,10 @@ def halonet(
         heads: attention heads of each stage.
         head_dim: channels per head, which then decides instead of ``heads``.
         block_size, halo_size: see :class:`regard.layers.mixers.HaloAttention`.
+        value_ratio: channels of the values over those inside a bottleneck.
+        query_dim: channels per head of queries and keys; by default the channels inside a bottleneck over the heads.
         stem_dim, stem_widths, stem_kernel, stem_pool: see :class:`ResNetStem`.
-        squeeze: hidden channels of squeeze gates after convolutions, over their channels; 0 for none.
+        gate, group_size: see :class:`Bottleneck`.
         final_dim: channels of a last pointwise convolution; None for none.
         act: class of the activations.
         drop_path: stochastic depth of the last bottleneck.
@@ -233,7 +263,10 @@ def halonet(
     if unknown or not all(kinds):
         raise ValueError(f"kinds must be made of 'a' (attention) and 'c' (convolution); got {tuple(kinds)}")
     lines = {
-        "a": BlockSpec(BareHaloAttention, {"block_size": block_size, "halo_size": halo_size}),
+        "a": BlockSpec(
+            BareHaloAttention,
+            {"block_size": block_size, "halo_size": halo_size, "value_ratio": value_ratio, "head_dim": query_dim},
+        ),
         "c": BlockSpec(None),
     }
     stages = []
@@ -246,7 +279,7 @@ def halonet(
         stem=partial(ResNetStem, widths=stem_widths, kernel_size=stem_kernel, pool=stem_pool, act=act),
         stem_dim=stem_dim,
         downsample=None,
-        block=partial(Bottleneck, squeeze=squeeze, act=act),
+        block=partial(Bottleneck, gate=gate, group_size=group_size, act=act),
         final_norm=nn.Identity if final_dim is None else partial(FinalConv, out=final_dim, act=act),
         num_features=final_dim,
         drop_path=drop_path,
@@ -262,12 +295,37 @@ _26 = partial(_HYBRID, depths=(2, 2, 2, 2), kinds=("c", "c", "ca", "a"), halo_si
 _50 = partial(_HYBRID, depths=(3, 4, 6, 3), kinds=("c", "ccca", "ca", "ca"), heads=(8, 4, 8, 8), act=nn.SiLU)
 _33 = partial(
     _HYBRID, depths=(2, 3, 3, 2), kinds=("c", "cca", "cca", "a"), widths=(1, 2, 4, 6), ratios=(0.25, 0.25, 0.25, 1 / 3),
-    stem_pool=False, squeeze=1 / 16, final_dim=1280, act=nn.SiLU,
+    stem_pool=False, gate=partial(_squeeze_gate, ratio=1 / 16), final_dim=1280, act=nn.SiLU,
 )  # fmt: skip
 
+
+def _pure(depth: int, ratio: float, *, final_dim: int | None = None, **table) -> partial[BackboneSpec]:
+    """The paper's tables: blocks in the third stage, channels outside of the bottlenecks over those inside."""
+    return partial(
+        halonet, dim=int(64 * ratio), depths=(3, 3, depth, 3), ratios=(1 / ratio,) * 4, heads=(4, 8, 8, 8), final_dim=final_dim,
+        **table,
+    )  # fmt: skip
+
+
+_H3 = _pure(12, 1.5, block_size=10, final_dim=1024)
+_H4 = _pure(12, 3.0, block_size=12, halo_size=2, final_dim=1280)
+_H5 = _pure(23, 2.0, block_size=14, halo_size=2, value_ratio=2.5, final_dim=1536)
+_H6 = _pure(24, 2.75, halo_size=4, value_ratio=3.0, final_dim=1536)
+_H7 = _pure(26, 3.5, block_size=10, value_ratio=4.0, final_dim=2048)
+_NEXT = partial(_26, group_size=16, gate=EfficientChannelGate, query_dim=16, act=nn.SiLU)
+
+# no multiply-adds are published for H0 to H7: these are of all pairs in blocks and halos, and of queries and embeddings
 register_models([
-    ModelCard("halonet_h1", partial(halonet), _PAPER, 8_100_056, 3.0, 256),
+    ModelCard("halonet_h0", _pure(7, 0.5), _PAPER, 5_502_248, 2.5, 256),
+    ModelCard("halonet_h1", partial(halonet), _PAPER, 8_100_056, 3.1, 256),
+    ModelCard("halonet_h2", _pure(11, 1.25), _PAPER, 9_405_608, 3.4, 256),
+    ModelCard("halonet_h3", _H3, _PAPER, 11_842_792, 6.3, 320),
+    ModelCard("halonet_h4", _H4, _PAPER, 19_103_464, 12.2, 384),
+    ModelCard("halonet_h5", _H5, _PAPER, 30_718_952, 32.4, 448),
+    ModelCard("halonet_h6", _H6, _PAPER, 43_458_280, 53.1, 512),
+    ModelCard("halonet_h7", _H7, _PAPER, 67_434_728, 111.0, 600),
     ModelCard("halonet26t", _26, _PAPER, 12_480_288, 3.2, 256),
     ModelCard("halonet50ts", _50, _PAPER, 22_733_280, 5.3, 256),
     ModelCard("sehalonet33ts", _33, _PAPER, 13_691_712, 3.6, 256),
+    ModelCard("eca_halonext26ts", _NEXT, _PAPER, 10_756_885, 2.4, 256),
 ])  # fmt: skip

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import TokenBatchNorm
@@ -19,6 +18,7 @@ from ..layers.conv import convolve_tokens
 from ..layers.mixers import HiLoAttention
 from ..layers.mlps import ConvMLP
 from ..layers.stems import PatchEmbed, pad_to_even
+from ..ops.affine import affine
 from ..ops.deform import sample_points
 from .builder import BackboneSpec, BlockSpec, StageSpec
 from .checkpoints import Layout, Rule
@@ -75,7 +75,7 @@ class DeformableMerging(nn.Module):
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32))  # coordinates outgrow the bits of bfloat16
         samples = sample_points(x.unsqueeze(-2), offset + squares + taps)  # (batch, rows, columns, 1, tap, dim)
         kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)  # (out, tap and dim)
-        return self.act(self.norm(F.linear(samples.squeeze(-3).flatten(-2), kernel, self.conv.bias)))
+        return self.act(self.norm(affine(samples.squeeze(-3).flatten(-2), kernel, self.conv.bias)))
 
 
 def litv2(

@@ -23,11 +23,12 @@ from ..layers.blocks import DropPath, TokenBatchNorm
 from ..layers.conv import convolve_tokens, depthwise
 from ..layers.conv_norm import DILATED_BRANCHES, ConvNorm, DilatedConvNorm, fold
 from ..layers.gates import SqueezeGate
+from ..layers.linear import Linear
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, OffsetBias
 from ..ops import patterns as P
 from ..ops.kernels import apply_kernel
-from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, MixerChoice, Staged, StageSpec, stage_indices
+from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, Staged, StageSpec, stage_indices
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models
 
@@ -190,7 +191,7 @@ class ContextMixing(nn.Module):
         self.sizes = (small_size, kernel_size)
         self.query = ConvNorm(dim, dim // 2, **factory)
         self.key = ConvNorm(context_dim, dim // 2, **factory)
-        self.taps = nn.Linear(self.REGIONS**2, small_size**2 + kernel_size**2, **factory)
+        self.taps = Linear(self.REGIONS**2, small_size**2 + kernel_size**2, **factory)
         self.bias_small, self.bias_large = (OffsetBias(groups, P.Neighborhood(k), **factory) for k in self.sizes)
         for bias in (self.bias_small, self.bias_large):
             nn.init.zeros_(bias.table)
@@ -291,7 +292,7 @@ class DynamicBlock(nn.Module):
         self.norm1 = nn.LayerNorm(both, eps=1e-6, **factory)
         self.fuse_conv = depthwise(both, 3, **factory)
         self.fuse_norm = nn.BatchNorm2d(both, **factory)
-        self.fuse_proj = nn.Linear(both, dim, **factory)
+        self.fuse_proj = Linear(both, dim, **factory)
         self.response = ResponseNorm(dim, **factory)
         self.gate = OnTokens(ConvNorm(dim, dim, act=nn.SiLU, **factory))
         self.large = OnTokens(LargeKernel(dim, kernel_size, merged=merged, **factory))
@@ -299,7 +300,7 @@ class DynamicBlock(nn.Module):
         self.mixer_proj = OnTokens(ConvNorm(dim, dim, **factory))
         self.squeeze = _squeeze_gate(dim, **factory)
         self.proj_norm = TokenBatchNorm(dim, **factory)
-        self.proj = nn.Linear(dim, both, **factory)
+        self.proj = Linear(dim, both, **factory)
         self.scale1 = Affine(both, **factory)
         self.position2 = ConvPosition(both, **factory)
         self.norm2 = nn.LayerNorm(both, eps=1e-6, **factory)
@@ -393,12 +394,6 @@ class OverLoCKSpec(BackboneSpec):
     merged: bool = False
     auxiliary: bool = True
 
-    def with_mixer(self, mixer: MixerChoice) -> OverLoCKSpec:
-        raise ValueError(
-            f"OverLoCK mixes tokens by large kernels and by kernels made of a context that travels beside them: it takes no "
-            f"other mixer; got {mixer!r}"
-        )
-
 
 class OverviewHead(nn.Module):
     """Batch norm of tokens, their mean, and a linear classifier of it."""
@@ -406,7 +401,7 @@ class OverviewHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, *, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = TokenBatchNorm(dim, device=device, dtype=dtype)
-        self.linear = nn.Linear(dim, num_classes, device=device, dtype=dtype)
+        self.linear = Linear(dim, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x).mean((1, 2)))
@@ -449,7 +444,7 @@ class OverLoCK(_ThreeNets, Backbone):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = spec.stages[-1].dim
         context_dim = wide // 4
-        self.focus = FocusNet(nn.Linear(wide, context_dim, **factory), _focus_stages(spec, context_dim, factory))
+        self.focus = FocusNet(Linear(wide, context_dim, **factory), _focus_stages(spec, context_dim, factory))
         for info, stage, name in zip(self.feature_info[-2:], spec.stages[-2:], ("0", "1"), strict=True):
             info.update(num_chs=stage.dim + context_dim, module=f"focus.stages.{name}")
         self.apply(_init_convolutions)
@@ -730,6 +725,7 @@ def overlock(
         drop_path=drop_path,
         num_classes=num_classes,
         layouts=(_layout(kernel_sizes, merged),),
+        fixed="OverLoCK mixes tokens by large kernels and by kernels made of a context that travels beside them",
         network=OverLoCK,
         focus_depths=tuple(focus_depths),
         focus_heads=tuple(focus_heads),

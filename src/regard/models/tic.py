@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from ..layers.blocks import TokenBatchNorm
 from ..layers.mixers.msa_conv import MSAConv
 from ..layers.stems import ConvStem
-from .builder import BackboneSpec, BlockSpec, MixerChoice, StageSpec
+from .builder import BackboneSpec, BlockSpec, StageSpec
 from .registry import ModelCard, register_models
-
-
-class TiCSpec(BackboneSpec):
-    """A table whose token mixers are whole layers."""
-
-    def with_mixer(self, mixer: MixerChoice) -> TiCSpec:
-        raise ValueError(f"the layers of TiC are token mixer, MLP and downsampling in one: it takes no other; got {mixer!r}")
 
 
 class TiCBlock(nn.Module):
@@ -76,7 +69,7 @@ def tic(
     common = {"kernel_size": kernel_size, "dilation": dilation, "mask_padding": mask_padding, "attn_drop": attn_drop}
     period = tuple(BlockSpec(MSAConv, common | {"shift": steps}) for steps in (0, shift))
     widths = [dim * 2**i for i in range(len(depths))]
-    return TiCSpec(
+    return BackboneSpec(
         tuple(StageSpec(w, w // head_dim, depth, period) for w, depth in zip(widths, depths, strict=True)),
         stem=ConvStem,
         downsample=None,
@@ -84,6 +77,7 @@ def tic(
         norm=TokenBatchNorm,
         drop_path=drop_path,
         num_classes=num_classes,
+        fixed="a layer of TiC is token mixer, MLP and downsampling in one",
     )
 
 

@@ -1,17 +1,20 @@
 """TransNeXt: every token sees its neighbours sharply and the pooled map beside them, and gates look around in the MLPs.
 
     x + aggregated(LN(x)), x + ConvGLU(LN(x));  the last stage sees all tokens;  overlapping convolutions between stages
-Cost: 9 + N / r^2 keys per query with r = 8, 4, 2, 1. Source: Shi, TransNeXt, arXiv:2311.17132.
+MoH-ViT is the same with mixtures of heads.
+Cost: 9 + N / r^2 keys per query with r = 8, 4, 2, 1. Source: Shi, TransNeXt, arXiv:2311.17132; Jin et al., MoH,
+arXiv:2410.11842.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
-from ..layers.mixers import AggregatedAttention, CosineAttention
+from ..layers.mixers import AggregatedAttention, CosineAttention, MixtureOfAggregatedHeads, MixtureOfCosineHeads
 from ..layers.mlps import ConvGLU
 from ..layers.stems import ConvDownsample, OverlapPatchEmbed
 from .builder import Backbone, BackboneSpec, BlockSpec, StageSpec
@@ -40,6 +43,9 @@ def _layout(stages: int) -> Layout:
             Rule(f"{attention}.sr.weight", f"{ours}.pool.before.0.weight", "conv1x1"),
             Rule(f"{attention}.sr.bias", f"{ours}.pool.before.0.bias"),
             Rule(f"{attention}.norm.{{name}}", f"{ours}.pool.after.{{name}}"),
+            Rule(f"{attention}.wg.{{name}}", f"{ours}.router.{{name}}"),
+            Rule(f"{attention}.wg_0.{{name}}", f"{ours}.balance.{{name}}"),
+            Rule(f"{attention}.wg_1.{{name}}", f"{ours}.shared_router.{{name}}"),
             Rule(f"{attention}.{{name}}", f"{ours}.{{name}}"),
             Rule(f"{_BLOCK}.norm2.{{name}}", f"{_OURS}.mlp.norm.{{name}}"),
             Rule(f"{_BLOCK}.mlp.dwconv.dwconv.{{name}}", f"{_OURS}.mlp.op.conv.{{name}}"),
@@ -115,6 +121,41 @@ def transnext(
     )
 
 
+def moh_transnext(
+    dim: int = 96,
+    depths: Sequence[int] = (5, 5, 23, 5),
+    *,
+    shared: Sequence[int] = (4, 8, 4, 5),
+    routed: Sequence[int] = (0, 0, 8, 16),
+    drop_path: float = 0.6,
+    head_dim: int = 24,
+    window_size: int = 3,
+    ratios: Sequence[int] = (8, 4, 2, 1),
+    mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0, 4.0),
+    pretrain_size: int = 224,
+    num_classes: int = 1000,
+) -> BackboneSpec:
+    """The table of a MoH-ViT: a TransNeXt whose heads are mixtures; other arguments as for :func:`transnext`.
+
+    Args:
+        shared: per stage, heads that all tokens use.
+        routed: per stage, heads that each token chooses among the others; 0 where all are shared.
+    """
+    table = transnext(
+        dim, depths, head_dim=head_dim, window_size=window_size, ratios=ratios, mlp_ratios=mlp_ratios,
+        pretrain_size=pretrain_size, drop_path=drop_path, num_classes=num_classes,
+    )  # fmt: skip
+    if min(len(shared), len(routed)) < len(depths):
+        raise ValueError(f"give shared and routed heads for each of {len(depths)} stages; got {shared=}, {routed=}")
+    stages = []
+    for stage, always, chosen in zip(table.stages, shared, routed, strict=False):
+        (block,) = stage.period
+        mixed = MixtureOfCosineHeads if block.mixer is CosineAttention else MixtureOfAggregatedHeads
+        block = replace(block, mixer=mixed, options={**block.options, "shared": always, "routed": chosen})
+        stages.append(replace(stage, period=(block,)))
+    return replace(table, stages=tuple(stages))
+
+
 _PAPER = "2311.17132"
 _MICRO = partial(transnext, dim=48, drop_path=0.15)
 _SMALL = partial(transnext, depths=(5, 5, 22, 5), drop_path=0.45)
@@ -129,4 +170,17 @@ register_models([
     ModelCard("transnext_small_384", partial(_SMALL, drop_path=0.7), _PAPER, 49_741_564, 32.1, 384),
     ModelCard("transnext_base", _BASE, _PAPER, 89_721_496, 18.4),
     ModelCard("transnext_base_384", partial(_BASE, drop_path=0.8), _PAPER, 89_721_496, 56.3, 384),
+])  # fmt: skip
+
+
+_MOH = "2410.11842"
+_MOH_SMALL = partial(moh_transnext, dim=72, depths=(5, 5, 22, 5), routed=(0, 0, 6, 12), drop_path=0.45)
+_MOH_BASE_50 = partial(moh_transnext, shared=(2, 2, 2, 4), routed=(2, 4, 6, 8))
+
+# multiply-adds of all heads, which the release computes
+register_models([
+    ModelCard("moh_transnext_small_75", partial(_MOH_SMALL, shared=(3, 6, 3, 4)), _MOH, 49_910_548, 10.3),
+    ModelCard("moh_transnext_small_80", partial(_MOH_SMALL, shared=(3, 6, 3, 8)), _MOH, 49_910_548, 10.3),
+    ModelCard("moh_transnext_base_50", _MOH_BASE_50, _MOH, 90_023_512, 18.4),
+    ModelCard("moh_transnext_base_75", partial(moh_transnext), _MOH, 90_020_632, 18.4),
 ])  # fmt: skip

@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.blocks import Residual
-from ..layers.mixers import MultiHeadAttention
+from ..layers.mixers import MultiHeadAttention, mixer_class
 from ..layers.positions import resize_offset_table
 from ..layers.reduce import TokenMap, TokenReducer
 from ..layers.stems import PatchEmbed
-from .builder import Backbone, BackboneSpec, Block, BlockSpec, FeatureBackbone, Stage, Staged, StageSpec, stage_indices
+from .builder import (
+    Backbone,
+    BackboneSpec,
+    Block,
+    BlockSpec,
+    FeatureBackbone,
+    MixerChoice,
+    Stage,
+    Staged,
+    StageSpec,
+    stage_indices,
+)
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models
 
@@ -56,6 +67,21 @@ class TransformerSpec(BackboneSpec):
     registers: int = 0
     enter: int = 0
 
+    def with_mixer(self, mixer: MixerChoice) -> BackboneSpec:
+        """The same table with another token mixer in every block, see :meth:`BackboneSpec.with_mixer`.
+
+        Raises:
+            ValueError: no block is left in which the class tokens see the grid.
+        """
+        spec = super().with_mixer(mixer)
+        names = [line.mixer for line in spec.stages[0].period[self.enter :] if isinstance(line.mixer, str)]
+        if self.prefix and not any(getattr(mixer_class(name), "joins_extra", True) for name in names):
+            raise ValueError(
+                f"class tokens are classified, and the mixer leaves tokens outside the grid alone: they would never see the "
+                f"image. Give a list with another mixer, such as [{names[-1]!r}, 'multi_head']; got {mixer!r}"
+            )
+        return spec
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # modules
@@ -71,6 +97,8 @@ class TokenState(NamedTuple):
     """Of the n tokens: rows and columns, or one number once tokens were reduced."""
     tokens: TokenMap | None = None
     """Which token stands for each place of the grid, once tokens were reduced."""
+    messages: Tensor | None = None
+    """``(batch, n)``: what blocks of reversed attention hand on beside the tokens."""
 
     def places(self) -> Tensor:
         """The features of every place of the original grid, ``(batch, places, dim)``."""
@@ -99,22 +127,27 @@ class TokenBlock(Block):
         self.reducer = None if make is None else make(prefix=len(spec.prefix) + spec.registers)
 
     def forward(self, state: TokenState) -> TokenState:
-        x, prefix, grid, tokens = state
-        reducer = None if self.reducer is None or self.reducer.rate == 1.0 else self.reducer
-        mixer = self.mixer
-        normed, scores = mixer.norm(x), None
-        inner, outer = normed[:, prefix:].unflatten(1, grid), normed[:, :prefix]
-        if reducer is not None:
+        x, prefix, grid, tokens, messages = state
+        added, scores = self.attention(state)
+        x = x + added
+        if scores is not None:
+            assert self.reducer is not None  # it asked for them
+            known = TokenMap.full(x.shape[0], x.shape[1] - prefix, x.device) if tokens is None else tokens
+            reduced, known = self.reducer(x, scores, known)
+            if reduced is not x:
+                x, grid, tokens = reduced, (reduced.shape[1] - prefix,), known
+        return TokenState(self.mlp(x), prefix, grid, tokens, messages)
+
+    def attention(self, state: TokenState) -> tuple[Tensor, Tensor | None]:
+        """What attention adds to the tokens ``(batch, prefix + n, dim)``, and the scores of a reducer that is at work."""
+        mixer, prefix, scores = self.mixer, state.prefix, None
+        normed = mixer.norm(state.x)
+        inner, outer = normed[:, prefix:].unflatten(1, state.grid), normed[:, :prefix]
+        if self.reducer is not None and self.reducer.rate != 1.0:
             y, y_outer, scores = mixer.op.forward_scored(inner, outer)
         else:
             y, y_outer = mixer.op(inner, outer) if prefix else (mixer.op(inner), outer)
-        x = x + mixer.drop_path(mixer.scale(torch.cat([y_outer, y.flatten(1, -2)], 1)))
-        if reducer is not None:
-            known = TokenMap.full(x.shape[0], x.shape[1] - prefix, x.device) if tokens is None else tokens
-            reduced, known = reducer(x, scores, known)
-            if reduced is not x:
-                x, grid, tokens = reduced, (reduced.shape[1] - prefix,), known
-        return TokenState(self.mlp(x), prefix, grid, tokens)
+        return mixer.drop_path(mixer.scale(torch.cat([y_outer, y.flatten(1, -2)], 1))), scores
 
 
 class SequencePositions(nn.Module):
@@ -162,20 +195,29 @@ class _Trunk(Staged):
             outer = torch.cat([outer[:, :placed] + self.positions.table[:, :placed], outer[:, placed:]], 1)
         return outer.expand(batch, -1, -1)
 
-    def run_blocks(self, image: Tensor, wanted: Sequence[int] = (-1,)) -> list[TokenState]:
-        """The state after each of the ``wanted`` blocks, which are in ascending order."""
+    def first_tokens(self, image: Tensor) -> TokenState:
+        """The tokens of the grid with their positions, before any others enter."""
         if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
             raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
         x = self.stem(image)
         grid = tuple(x.shape[1:-1])
-        state = TokenState(x.flatten(1, -2) + self.positions.places(grid), 0, grid)
+        return TokenState(x.flatten(1, -2) + self.positions.places(grid), 0, grid)
+
+    def enter_tokens(self, state: TokenState) -> TokenState:
+        """The state with the tokens outside the grid, where there are any."""
+        if not self.outer_names:
+            return state
+        outer = self.outer_tokens(state.x.shape[0])
+        return state._replace(x=torch.cat([outer, state.x], 1), prefix=outer.shape[1])
+
+    def run_blocks(self, image: Tensor, wanted: Sequence[int] = (-1,)) -> list[TokenState]:
+        """The state after each of the ``wanted`` blocks, which are in ascending order."""
+        state = self.first_tokens(image)
         indices = stage_indices(wanted, len(self.blocks))
         states = []
         recompute = self.stages[0].grad_checkpointing and self.training
         for index, block in enumerate(self.blocks[: indices[-1] + 1]):
-            if index == self.spec.enter and self.outer_names:
-                outer = self.outer_tokens(x.shape[0])
-                state = state._replace(x=torch.cat([outer, state.x], 1), prefix=outer.shape[1])
+            state = self.enter_tokens(state) if index == self.spec.enter else state
             state = checkpoint(block, state, use_reentrant=False) if recompute else block(state)
             if index in indices:
                 states.append(state)
@@ -373,6 +415,12 @@ def _deit(name: str, dim: int, params: int, gmacs: float, input_size: int = 224,
     )  # fmt: skip
 
 
+def _dino(name: str, dim: int, patch_size: int, params: int, gmacs: float) -> ModelCard:
+    """Self-supervised, without a classifier. Source: Caron et al., DINO, arXiv:2104.14294."""
+    table = partial(vit, dim=dim, patch_size=patch_size, num_classes=0)
+    return ModelCard(f"dino_{name}{patch_size}", table, "2104.14294", params, gmacs)
+
+
 register_models([
     _vit("tiny", 192, 5_717_416, 1.3),
     _vit("small", 384, 22_050_664, 4.6),
@@ -386,4 +434,8 @@ register_models([
     _deit("small_distilled", 384, 22_436_432, 4.6, distilled=True),
     _deit("base_distilled", 768, 87_338_192, 17.7, distilled=True),
     _deit("base_distilled", 768, 87_630_032, 55.6, 384, distilled=True),
+    _dino("vits", 384, 16, 21_665_664, 4.6),
+    _dino("vits", 384, 8, 21_670_272, 22.4),
+    _dino("vitb", 768, 16, 85_798_656, 17.6),
+    _dino("vitb", 768, 8, 85_807_872, 78.2),
 ])  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.blocks import DropPath
 from ..layers.conv_norm import ConvNorm
+from ..layers.linear import Linear
 from ..layers.mixers import MultiHeadAttention, OutlookAttention
 from ..layers.mlps import MLP
 from ..layers.pools import ClassAttention
@@ -189,7 +190,7 @@ class Volo(Backbone):
             self.unused_keys |= {"aux_head.weight", "aux_head.bias"}
             return
         like = self.norm.weight
-        self.aux_head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.aux_head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.aux_head.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:

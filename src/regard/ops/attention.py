@@ -7,7 +7,7 @@ Source: Vaswani et al., arXiv:1706.03762; every pattern states its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,31 +71,43 @@ def attend(
             raise ValueError(f"expected a list of sources; got {[type(s).__name__ for s in sources]}")
     need_lse = return_lse or sink is not None or len(sources) > 1
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=dropout, need_lse=need_lse)
-    if OBSERVERS:
-        _notify(q, sources, broken, sink, starts(q, q_start))
+    listeners = _notify(q, sources, broken, sink, starts(q, q_start)) if OBSERVERS else []
     broken = join_dense(broken, sources, return_lse or sink is not None)
-    need_lse = return_lse or sink is not None or len(broken) > 1
+    out, lse = _combine(q, broken, sink, return_lse or sink is not None or len(broken) > 1, backend)
+    for listener in listeners:
+        listener(out)
+    if not return_lse:
+        return out
+    assert lse is not None  # it was asked for
+    return out, lse
+
+
+def _combine(
+    q: Tensor, broken: list[Group], sink: Tensor | float | None, need_lse: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """All sources, and the sink, under one softmax; the log-sum-exp only where it is needed."""
     results = [_assemble(q, group, backend) for group in broken]
     if not need_lse:
-        return results[0][0]
+        return results[0]
     lses = [lse for _, lse in results if lse is not None]
     out, lse = merge([out for out, _ in results], lses) if len(results) > 1 else (results[0][0], lses[0])
     if sink is not None:
         logit = torch.as_tensor(sink, dtype=lse.dtype, device=lse.device)
         out = out * torch.sigmoid(lse - logit).unsqueeze(-1).to(out.dtype)
         lse = torch.logaddexp(lse, logit.expand_as(lse))
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 def _notify(
     q: Tensor, sources: Sequence[Source], broken: list[Group], sink: Tensor | float | None, start: tuple[int, ...]
-) -> None:
+) -> list[Callable[[Tensor], object]]:
+    """Tell the observers; returns those that want to be told the output."""
     calls = [call for group in broken for _, call in group]
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     logits = None if sink is None else torch.as_tensor(sink, dtype=kind, device=q.device)
     record = Record(q, sources, calls, calls[0].scale, logits, start)
-    for observer in OBSERVERS:
-        observer(record)
+    answers = [observer(record) for observer in OBSERVERS]
+    return [answer for answer in answers if answer is not None]
 
 
 def _assemble(q: Tensor, group: Group, backend: str) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .footprint import Footprint
 from .patterns import Blocks, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, tensors_of
 
 
@@ -47,6 +48,7 @@ class Source:
             order, or a :class:`TableBias`.
         valid: ``(batch, *grid)`` boolean, True where a key exists.
         heads: indices of the query heads that see this source (all by default); ``k`` and ``v`` then serve only those.
+        footprint: which cells the keys stand for, where they are not cells themselves (pooled keys); for pictures alone.
     """
 
     k: Tensor
@@ -56,6 +58,7 @@ class Source:
     bias: Bias | None = None
     valid: Tensor | None = None
     heads: tuple[int, ...] | None = None
+    footprint: Footprint | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .observe import WATCHERS, Weighing, tell
+
 
 def _softmax_plus_one(scores: Tensor, dim: int) -> Tensor:
     top = scores.amax(dim, keepdim=True).clamp(min=0.0)
@@ -79,4 +81,7 @@ def channel_attend(
     if temperature is not None:
         scores = scores * temperature.reshape(-1, 1, 1)
     weights = NORMALISERS[normaliser](scores, dim).to(v.dtype)
+    if WATCHERS:
+        batch, heads, asking, asked = tuple(weights.shape)
+        tell(Weighing("channel", batch, heads, (asking,), (asked,), lambda rows: weights[:, :, rows], weights.device, False))
     return torch.einsum("bhij,b...hj->b...hi", weights, v).to(q.dtype)

@@ -7,10 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import dense, flex, natten, reference, tiled
+from .backends import dense, flex, natten, reference, tiled, triton
 from .call import Call
 
-BACKENDS: dict[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, flex, natten)}
+BACKENDS: dict[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, triton, flex, natten)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def others(call: Call, chosen: str) -> dict[str, str]:
         "reference": "the definition, for tests",
         "dense": "computes all pairs",
         "tiled": "no gain: most keys are visible",
+        "triton": "not measured on a GPU yet; runs where asked for",
         "flex": "compiles for seconds; runs where asked for",
         "natten": "on CPU it computes all pairs",
     }

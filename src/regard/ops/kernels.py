@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .observe import WATCHERS, Weighing, tell
 from .patterns import Ints, Neighborhood, grid_positions
 
 
@@ -51,6 +52,8 @@ def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, 
     short = [n < k * d for n, k, d in zip(grid, sizes, dilations, strict=True)]
     if border == "shift" and any(short):
         raise ValueError(f"border='shift' needs axes of at least size * dilation; got a grid {grid}, {sizes=}, {dilations=}")
+    if WATCHERS:
+        tell(_weighing(v, weights, sizes, dilations, border))
     rows = _shifted_rows if border == "shift" else _padded_rows
     last = _shifted_last if border == "shift" else _padded_last
     kernels = weights.unflatten(-1, (-1, sizes[-1])).unbind(-2)
@@ -60,6 +63,29 @@ def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, 
         y = part if y is None else y + part
     assert y is not None  # a kernel has at least one tap
     return y.to(v.dtype)
+
+
+def _weighing(v: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Sequence[int], border: str) -> Weighing:
+    """The kernels as weights of all tokens."""
+    grid = tuple(v.shape[1:-2])
+    batch, heads = (max(n, m) for n, m in ((v.shape[0], weights.shape[0]), (v.shape[-2], weights.shape[-2])))
+
+    def over_tokens(rows: Tensor) -> Tensor:
+        chosen = weights.flatten(1, -3)[:, rows].movedim(2, 1).expand(batch, heads, -1, -1)  # (batch, heads, rows, taps)
+        places = grid_positions(grid, None, v.device)[rows]
+        index = torch.zeros(len(rows), 1, dtype=torch.long, device=v.device)
+        inside = torch.ones_like(index, dtype=torch.bool)
+        for axis, (n, k, d) in enumerate(zip(grid, sizes, dilations, strict=True)):
+            at = places[:, axis]
+            start = Neighborhood(k, d).axis_window(0, at, n, 1).start if border == "shift" else at - k // 2 * d
+            key = start[:, None] + d * torch.arange(k, device=v.device)  # (rows, size)
+            index = (index[:, :, None] * n + key[:, None]).flatten(1)
+            inside = (inside[:, :, None] & ((key >= 0) & (key < n))[:, None]).flatten(1)
+        full = chosen.new_zeros(batch, heads, len(rows), math.prod(grid))
+        index = index.masked_fill(~inside, 0).expand(batch, heads, -1, -1)
+        return full.scatter_add(-1, index, chosen * inside).unflatten(-1, grid)
+
+    return Weighing("kernel", batch, heads, grid, grid, over_tokens, v.device)
 
 
 def _per_axis(name: str, value: Ints, grid: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .observe import WATCHERS, Weighing, tell
 
 
 class Mixture(NamedTuple):
@@ -46,7 +49,35 @@ def mixture(logits: Tensor, k: int, *, total: float = 1.0) -> Mixture:
     index = logits.detach().topk(k, -1, sorted=False).indices
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
     kept = logits.masked_fill(~chosen, -torch.inf).softmax(-1, dtype=probabilities.dtype)  # p over the sum of the kept p
+    if WATCHERS:
+        shares = kept.reshape(len(kept), 1, -1, experts) if kept.ndim > 1 else kept[None, None, None]
+        grid = tuple(kept.shape[1:-1]) or (1,)
+        tell(Weighing("mixture", len(shares), 1, grid, (experts,), lambda rows: shares[:, :, rows], kept.device, False))
     return Mixture((total * kept).to(logits.dtype), probabilities, chosen)
+
+
+def chosen_attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, scale: float | None = None) -> Tensor:
+    """Dense attention in which each head attends only for the queries that chose it, and gives 0 to the others.
+
+    Each head gathers as many queries as the most chosen one has, so evenly chosen heads leave out most; all keys are seen.
+
+    Args:
+        q: ``(batch, *grid, heads, head_dim)``.
+        k, v: ``(batch, *key_grid, heads, head_dim)`` and ``(batch, *key_grid, heads, value_dim)``.
+        chosen: boolean ``(batch, *grid, heads)``.
+        scale: factor on the logits; None is ``head_dim ** -0.5``.
+
+    Returns:
+        ``(batch, *grid, heads, value_dim)``.
+    """
+    queries, keys, values = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))  # (batch, heads, tokens, width)
+    seats = chosen.flatten(1, -2).transpose(1, 2)
+    at = seats.to(torch.uint8).topk(int(seats.sum(-1).max()), -1, sorted=False).indices[..., None]
+    own = queries.gather(2, at.expand(-1, -1, -1, q.shape[-1]))
+    found = F.scaled_dot_product_attention(own, keys, values, scale=scale) * seats[..., None].gather(2, at)
+    y = found.new_zeros(*q.shape[:-1], v.shape[-1])
+    y.flatten(1, -3).transpose(1, 2).scatter_(2, at.expand(-1, -1, -1, v.shape[-1]), found)
+    return y
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:

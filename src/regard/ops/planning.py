@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .backends import flex, tiled
+from .backends import flex, tiled, triton
 from .call import Call, HeadTable, Source, break_up
 from .dispatch import BACKENDS, choose, others
 from .patterns import Blocks, Pattern, as_pattern
@@ -213,6 +213,8 @@ def _tiles(call: Call, backend: str) -> tuple[tuple[int, ...], int]:
     each = call.batch * call.heads
     if backend == "flex":
         return (flex.BLOCK, flex.BLOCK), each * flex.computed_pairs(call) // flex.BLOCK**2
+    if backend == "triton":
+        return triton.tiles(call)
     if backend != "tiled":
         return (), 0
     if isinstance(call.pattern, Blocks):

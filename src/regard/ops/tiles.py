@@ -238,7 +238,15 @@ class Rows:
         return tile
 
 
-_KEPT = threading.local()
+class _Kept(threading.local):
+    """What a thread keeps: for each role and type the memory, and the shapes it has been seen in."""
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.seen: dict[tuple[str, torch.dtype], dict[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
+
+
+_KEPT = _Kept()
 
 
 def _scratch(role: str, n: int, t: int, heads: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,15 +258,16 @@ def _scratch(role: str, n: int, t: int, heads: int, dim: int, like: Tensor) -> t
     size = n * t * heads * dim
     if like.device.type != "cpu" or size > 2 * BUFFER:
         return _as_tiles(like.new_empty(size), n, t, heads, dim)
-    kept = _KEPT.__dict__.setdefault((role, like.dtype), {})
-    if (n, t, heads, dim) not in kept:
-        memory = kept.get("memory")
-        if memory is None or len(memory) < size or len(kept) > 64:
-            kept.clear()
+    key, shape = (role, like.dtype), (n, t, heads, dim)
+    seen = _KEPT.seen.setdefault(key, {})
+    if shape not in seen:
+        memory = _KEPT.memory.get(key)
+        if memory is None or len(memory) < size or len(seen) > 64:
+            seen.clear()
             with torch.inference_mode(False):
-                memory = kept["memory"] = torch.empty(max(size, BUFFER), dtype=like.dtype)
-        kept[n, t, heads, dim] = _as_tiles(memory[:size], n, t, heads, dim)
-    return kept[n, t, heads, dim]
+                memory = _KEPT.memory[key] = torch.empty(max(size, BUFFER), dtype=like.dtype)
+        seen[shape] = _as_tiles(memory[:size], *shape)
+    return seen[shape]
 
 
 def _as_tiles(memory: Tensor, n: int, t: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -368,8 +377,8 @@ def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator
         limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
         bias = None
         if problem.table is not None:
-            flat = problem.table.flatten(1)
-            bias = flat[:, group.offsets].transpose(0, 1)  # (classes, heads, tq, tk)
+            flat = problem.table.flatten(1).index_select(1, group.offsets.reshape(-1))
+            bias = flat.unflatten(1, group.offsets.shape).transpose(0, 1)  # (classes, heads, tq, tk)
             if group.visible is not None:
                 bias = bias.masked_fill(~group.visible[:, None], -torch.inf)
         if problem.valid is None and group.views(problem.q.batch):

@@ -7,20 +7,29 @@ from .bi_level_routing import BiLevelRoutingAttention
 from .cascaded_group import CascadedGroupAttention
 from .channel_group import ChannelGroupAttention
 from .criss_cross import CrissCrossAttention
+from .dual_token import DualTokenAttention
 from .gated_positional import GatedPositionalAttention
 from .grid import GridAttention
 from .halo import HaloAttention
 from .hilo import HiLoAttention
 from .identity import IdentityMixer
 from .locally_enhanced import LocallyEnhancedAttention
-from .mixture_of_heads import MixtureOfHeadsAttention, collect_balance
+from .mixture_of_heads import (
+    HeadMixture,
+    MixtureOfAggregatedHeads,
+    MixtureOfCosineHeads,
+    MixtureOfHeadsAttention,
+    collect_balance,
+)
 from .msa_conv import MSAConv
 from .multi_head import MultiHeadAttention
 from .neighborhood import NeighborhoodAttention
 from .outlook import OutlookAttention
 from .partial_channel import PartialChannelAttention
 from .registry import create_mixer, list_mixers, mixer_class, register_mixer
+from .reversed import ReversedAttention
 from .sparsifiner import SparsifinerAttention, distillation_loss, reconstruction_loss
+from .strip import StripAttention
 from .window import WindowAttention
 
 __all__ = [
@@ -32,21 +41,27 @@ __all__ = [
     "ChannelGroupAttention",
     "CosineAttention",
     "CrissCrossAttention",
+    "DualTokenAttention",
     "GatedPositionalAttention",
     "GridAttention",
     "HaloAttention",
+    "HeadMixture",
     "HiLoAttention",
     "IdentityMixer",
     "LocallyEnhancedAttention",
     "MSAConv",
+    "MixtureOfAggregatedHeads",
+    "MixtureOfCosineHeads",
     "MixtureOfHeadsAttention",
     "MultiHeadAttention",
     "NeighborhoodAttention",
     "OutlookAttention",
     "PartialChannelAttention",
     "PatternMixer",
+    "ReversedAttention",
     "SparsifinerAttention",
     "SplitMixer",
+    "StripAttention",
     "WindowAttention",
     "collect_balance",
     "create_mixer",

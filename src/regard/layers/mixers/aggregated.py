@@ -19,6 +19,7 @@ from ...ops import Source
 from ...ops import patterns as P
 from ...ops.call import HeadTable
 from ...ops.kernels import apply_kernel
+from ..linear import Linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
 from .base import AttentionMixer, SplitMixer
@@ -109,7 +110,7 @@ class AggregatedAttention(SplitMixer):
         factory, taps = self.factory, window_size**2
         self.window_size, self.trained_grid = window_size, trained_grid
         self.pattern = P.Neighborhood(window_size, border="mask")
-        before = nn.Sequential(nn.Linear(dim, dim, **factory), nn.GELU())
+        before = nn.Sequential(Linear(dim, dim, **factory), nn.GELU())
         self.pool = PoolKV("adaptive", ratio, before=before, after=nn.LayerNorm(dim, **factory))
         self.length_scale = LengthScale(heads, self.head_dim, **factory)
         self.cpb = PooledOffsetMLP(heads, **factory)
@@ -137,8 +138,7 @@ class AggregatedAttention(SplitMixer):
 
     def slots(self) -> HeadTable:
         """The bias of each place in the window, as a table over the offsets that the pattern may have."""
-        table = self.local_bias.unflatten(-1, (self.window_size, self.window_size))
-        return HeadTable(F.pad(table, [self.window_size // 2] * 4), self.pattern)
+        return HeadTable(self.local_bias.unflatten(-1, (self.window_size, self.window_size)), self.pattern)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         seen = x if context is None else context
@@ -153,13 +153,17 @@ class AggregatedAttention(SplitMixer):
         if extra is not None:
             extra_q, extra_k, extra_v = self.project(extra, extra)
             others = [Source(extra_k, extra_v, P.Dense())]
-        sources = [Source(k, v, self.pattern, bias=self.slots()), Source(pooled_k, pooled_v, P.Dense(), bias=bias[None])]
+        sources = [
+            Source(k, v, self.pattern, bias=self.slots()),
+            Source(pooled_k, pooled_v, P.Dense(), bias=bias[None], footprint=self.pool.footprint(k.shape[1:-2])),
+        ]
         keys = self.neighbours(q.shape[1:3], x.device) + math.prod(pooled_k.shape[1:3]) + sum(o.k.shape[1] for o in others)
         y = self.attend(self.length_scale(q, keys), sources + others)
         local = torch.einsum("b...hd,hdt->b...ht", q, self.positional) + self.positional_bias.squeeze(1)
-        y = self._out(y + apply_kernel(v, local, self.window_size), x, v, tuple(x.shape[1:-1]))
+        y = self.weigh_heads(y + apply_kernel(v, local, self.window_size), x, q)
+        y = self._out(y, x, v, tuple(x.shape[1:-1]))
         if extra is None:
             return y
-        extra_q = self.length_scale(extra_q, math.prod(k.shape[1:-2]) + extra_k.shape[1])
-        y_extra = self.attend(extra_q, [Source(k, v, P.Dense()), *others])
+        scaled = self.length_scale(extra_q, math.prod(k.shape[1:-2]) + extra_k.shape[1])
+        y_extra = self.weigh_heads(self.attend(scaled, [Source(k, v, P.Dense()), *others]), extra, extra_q)
         return y, self.proj_drop(self.proj(y_extra.flatten(-2)))

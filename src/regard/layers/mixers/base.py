@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source, attend
+from ...ops.affine import affine
 from ...ops.patterns import Dense, Ints, Pattern
+from ..linear import Linear
 from ..positions import OffsetBias, RotaryPositions
 
 
@@ -66,7 +68,7 @@ class AttentionMixer(nn.Module):
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
         self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
-        self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
+        self.proj: nn.Module = Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
@@ -77,7 +79,7 @@ class AttentionMixer(nn.Module):
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
         """Create the layers that :meth:`project` uses."""
-        self.qkv = nn.Linear(self.dim, sum(self.widths), bias=bias, **factory)
+        self.qkv = Linear(self.dim, sum(self.widths), bias=bias, **factory)
 
     def initialise(self) -> None:
         """Start in a way of the mechanism's own; models call it after they have drawn the weights of all linear layers."""
@@ -119,8 +121,8 @@ class AttentionMixer(nn.Module):
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             cut = self.widths[0]
-            q = F.linear(x, weight[:cut], None if bias is None else bias[:cut])
-            k, v = F.linear(context, weight[cut:], None if bias is None else bias[cut:]).split(self.widths[1:], -1)
+            q = affine(x, weight[:cut], None if bias is None else bias[:cut])
+            k, v = affine(context, weight[cut:], None if bias is None else bias[cut:]).split(self.widths[1:], -1)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
@@ -138,9 +140,7 @@ class AttentionMixer(nn.Module):
         Returns:
             A tensor like ``x``; with ``extra`` also one like it.
         """
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        self.check_tokens(x, extra, context)
         grid = tuple(x.shape[1:-1])
         key_grid = grid if context is None else tuple(context.shape[1:-1])
         x = self._pad(x)
@@ -155,6 +155,12 @@ class AttentionMixer(nn.Module):
         y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
         y_extra = self.weigh_heads(y_extra, extra, extra_q)
         return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+
+    def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
+        """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
+        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
+            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
+                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = self.padding(tuple(x.shape[1:-1]))
@@ -176,8 +182,8 @@ class SplitMixer(AttentionMixer):
     """
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
-        self.q = nn.Linear(self.dim, self.widths[0], bias=bias, **factory)
-        self.kv = nn.Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
+        self.q = Linear(self.dim, self.widths[0], bias=bias, **factory)
+        self.kv = Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (self.q(x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.affine import affine
 from ...ops.channel import channel_attend
+from ..linear import Linear
 from .registry import register_mixer
 
 
@@ -49,8 +50,8 @@ class ChannelGroupAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
         self.dim, self.heads, self.scale = dim, heads, scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,8 +60,8 @@ class ChannelGroupAttention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, -1)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x, weight[: self.dim], None if bias is None else bias[: self.dim])
-            k, v = F.linear(context, weight[self.dim :], None if bias is None else bias[self.dim :]).chunk(2, -1)
+            q = affine(x, weight[: self.dim], None if bias is None else bias[: self.dim])
+            k, v = affine(context, weight[self.dim :], None if bias is None else bias[self.dim :]).chunk(2, -1)
         return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source
+from ...ops.affine import affine
 from ...ops.call import HeadTable
 from ...ops.patterns import Dense, grid_positions
+from ..linear import Linear
 from .base import AttentionMixer
 from .registry import register_mixer
 
@@ -45,18 +46,18 @@ class GatedPositionalAttention(AttentionMixer):
         super().__init__(dim, heads, qkv_bias=qkv_bias, **projections)
         self.strength, self.rank = strength, rank
         factory = self.factory
-        self.position = nn.Linear(rank + 1, heads, **factory)  # of the offsets, last axis first, and their squared length
+        self.position = Linear(rank + 1, heads, **factory)  # of the offsets, last axis first, and their squared length
         self.gate = nn.Parameter(torch.ones(heads, **factory))
         self.initialise()
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
-        self.qk = nn.Linear(self.dim, sum(self.widths[:2]), bias=bias, **factory)
-        self.v = nn.Linear(self.dim, self.widths[2], bias=bias, **factory)
+        self.qk = Linear(self.dim, sum(self.widths[:2]), bias=bias, **factory)
+        self.v = Linear(self.dim, self.widths[2], bias=bias, **factory)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.qk.weight, self.qk.bias
         parts = zip(weight.split(self.widths[:2]), (None, None) if bias is None else bias.split(self.widths[:2]), strict=True)
-        q, k = (F.linear(t, *part) for t, part in zip((x, context), parts, strict=True))
+        q, k = (affine(t, *part) for t, part in zip((x, context), parts, strict=True))
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops import Source
 from ...ops import patterns as P
+from ...ops.footprint import Footprint
 from ..positions import OffsetEmbedding
 from .base import AttentionMixer, per_axis
 from .registry import register_mixer
@@ -58,7 +59,7 @@ class HaloAttention(AttentionMixer):
         self.embedding = embedding
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
-        pattern, start = self.pattern, (0,) * len(self.block)
+        pattern, start, grid = self.pattern, (0,) * len(self.block), tuple(k.shape[1:-2])
         if pattern.stride > 1:
             q = q[(slice(None), *(slice(None, None, pattern.stride) for _ in self.block))]
         if self.embedding is None:
@@ -69,7 +70,9 @@ class HaloAttention(AttentionMixer):
             ends = [-n % b + h for n, b, h in zip(k.shape[1:-2], self.block, self.halo, strict=True)]
             widths = [n for pair in zip(reversed(start), reversed(ends), strict=True) for n in pair]
             k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (k, v))
+        footprint = Footprint(grid, "cells", start=start)
         start = tuple(n // pattern.stride for n in start)
         q, k = self.embedding(q, k, start, self.scale)
         width = q.shape[-1] - self.head_dim
-        return self.attend(q, [Source(k, v, pattern), *(replace(s, k=F.pad(s.k, [0, width])) for s in extra)], start)
+        seen = Source(k, v, pattern, footprint=footprint)
+        return self.attend(q, [seen, *(replace(s, k=F.pad(s.k, [0, width])) for s in extra)], start)

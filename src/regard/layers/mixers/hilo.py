@@ -6,16 +6,38 @@ Cost: s^2 + N / s^2 keys per query. Source: Pan et al., LITv2, arXiv:2205.13213.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops import Source
+from ...ops.footprint import Footprint
+from ...ops.patterns import Dense
+from ..linear import Linear
 from ..pools import PoolKV
 from .base import SplitMixer, check_choice
 from .registry import register_mixer
 from .window import WindowAttention
+
+
+class PooledAttention(SplitMixer):
+    """Attention to a context of windows, each pooled into one token of the same grid.
+
+    Args:
+        dim, heads: channels and attention heads.
+        window_size: tokens per axis that were pooled into one.
+        **projections: see :class:`regard.layers.mixers.AttentionMixer`.
+    """
+
+    def __init__(self, dim: int, heads: int, window_size: int, **projections) -> None:
+        super().__init__(dim, heads, **projections)
+        self.window_size = window_size
+
+    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        return [Source(k, v, Dense(), footprint=Footprint(tuple(q.shape[1:-2]), "windows", self.window_size))]
 
 
 @register_mixer("hilo")
@@ -51,19 +73,19 @@ class HiLoAttention(nn.Module):
         head_dim = dim // heads
         self.pool = PoolKV("mean", window_size)
         self.high: WindowAttention | None = None
-        self.low: SplitMixer | None = None
+        self.low: PooledAttention | None = None
         if low < heads:
             self.high = WindowAttention(
                 dim, heads - low, window_size, relative_bias=False, pad=pad, rank=rank, head_dim=head_dim, **projections
             )
         if low:
-            self.low = SplitMixer(dim, low, head_dim=head_dim, **projections)
+            self.low = PooledAttention(dim, low, window_size, head_dim=head_dim, **projections)
         for group in self.groups:  # each keeps its width
             width = group.heads * head_dim
-            group.proj = nn.Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
+            group.proj = Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
 
     @property
-    def groups(self) -> list[WindowAttention | SplitMixer]:
+    def groups(self) -> list[WindowAttention | PooledAttention]:
         return [group for group in (self.high, self.low) if group is not None]
 
     @property

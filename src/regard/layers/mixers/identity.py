@@ -21,6 +21,8 @@ class IdentityMixer(nn.Module):
         **projections: likewise.
     """
 
+    joins_extra = False
+
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:
         super().__init__()
         self.dim, self.heads = dim, heads

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source
 from ...ops import patterns as P
+from ...ops.affine import affine
 from ..blocks import DropPath
 from ..conv import CONVOLUTIONS, convolve_tokens
 from .base import AttentionMixer
@@ -51,7 +51,7 @@ class TokenConv(nn.Module):
         if x.ndim == self.rank + 2:
             return convolve_tokens(self.conv, x)
         middle = self.conv.weight.flatten(2)[..., self.conv.weight[0, 0].numel() // 2]
-        return F.linear(x, middle, self.conv.bias)
+        return affine(x, middle, self.conv.bias)
 
 
 @register_mixer("msa_conv")

@@ -6,12 +6,16 @@ Cost: linear in tokens, k^4 weights per window and head. Source: Yuan et al., VO
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.kernels import fold_windows, unfold_windows
+from ...ops.observe import WATCHERS, Weighing, tell
+from ..linear import Linear
 from ..pools import PoolKV
 from .registry import register_mixer
 
@@ -35,6 +39,8 @@ class OutlookAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads``; input of another width or rank; a context on another grid.
     """
 
+    joins_extra = False
+
     def __init__(
         self,
         dim: int,
@@ -56,11 +62,11 @@ class OutlookAttention(nn.Module):
             raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
         self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
         self.scale = (dim // heads) ** -0.5
-        self.v = nn.Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
+        self.v = Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
         self.pool = PoolKV("mean", stride)
-        self.attn = nn.Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
+        self.attn = Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -87,9 +93,23 @@ class OutlookAttention(nn.Module):
         grid = tuple(x.shape[1:-1])
         v = self.v(x if context is None else context).unflatten(-1, (self.heads, -1))
         windows = unfold_windows(v, self.kernel_size, self.stride)  # (batch, *windows, heads, taps, head_dim)
-        mixed = self.attn_drop(self.weights(x)) @ windows
+        weights = self.weights(x)
+        if WATCHERS:
+            tell(self._weighing(weights, grid))
+        mixed = self.attn_drop(weights) @ windows
         y = self._out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
         return y if extra is None else (y, self._out(self.v(extra)))
+
+    def _weighing(self, weights: Tensor, grid: tuple[int, ...]) -> Weighing:
+        """The weights of all windows together as weights of tokens: folding and unfolding are each other's adjoint."""
+
+        def over_tokens(rows: Tensor) -> Tensor:
+            chosen = torch.eye(math.prod(grid), dtype=weights.dtype, device=weights.device)[:, rows]
+            ones = chosen.reshape(1, *grid, 1, len(rows)).expand(len(weights), *grid, self.heads, len(rows))
+            spread = weights.transpose(-1, -2) @ unfold_windows(ones, self.kernel_size, self.stride)
+            return fold_windows(spread, grid, self.kernel_size, self.stride).movedim((-2, -1), (1, 2))
+
+        return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.proj_drop(self.proj(y))

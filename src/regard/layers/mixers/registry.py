@@ -30,6 +30,8 @@ def create_mixer(name: str, **arguments) -> nn.Module:
         name: one of :func:`list_mixers`.
         **arguments: its constructor's; all take ``dim`` and ``heads``.
 
+    Tokens outside the grid see its tokens, but for classes whose ``joins_extra`` is False.
+
     Raises:
         ValueError: unknown name, with the nearest matches.
     """

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.weights import attend_weights
+from ..linear import Linear
 from ..positions import resize_offset_table
-from ..reduce import kept_count
+from ..reduce import TokenMap, kept_count
 from .base import AttentionMixer
 from .multi_head import MultiHeadAttention
 from .registry import register_mixer
@@ -58,29 +59,32 @@ class ConnectivityPredictor(nn.Module):
         factory = {"device": device, "dtype": dtype}
         tokens = prefix + math.prod(grid)
         columns, channels = max(1, tokens // token_ratio), max(1, head_dim // channel_ratio)
-        self.q = nn.Linear(head_dim, channels, **factory)
-        self.k = nn.Linear(head_dim, channels, **factory)
+        self.q = Linear(head_dim, channels, **factory)
+        self.k = Linear(head_dim, channels, **factory)
         self.down = nn.Parameter(torch.empty(tokens, columns, **factory))
         self.up = nn.Parameter(torch.empty(tokens, columns, **factory))
         for matrix in (self.down, self.up):
             nn.init.trunc_normal_(matrix, std=0.02)
 
-    def forward(self, q: Tensor, k: Tensor, grid: Sequence[int], *, exact: bool = False) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, grid: Sequence[int], *, alive: Tensor | None = None, exact: bool = False) -> Tensor:
         """The approximate map ``(batch, heads, queries, keys)``.
 
         Args:
             q, k: ``(batch, tokens, heads, head_dim)``; the keys are the prefix and the places of ``grid``.
             grid: of the keys.
+            alive: ``(batch, tokens)`` boolean, the keys that there are: others have no part in the map, and are -inf in it.
             exact: with all coefficients and the signed basis, as the reconstruction is trained.
         """
         down, up = (self._resized(matrix, grid) for matrix in (self.down, self.up))
-        keys = torch.einsum("bkhc,kn->bhnc", self.k(k), down)
+        reduced = self.k(k) if alive is None else self.k(k).masked_fill(~alive[..., None, None], 0.0)
+        keys = torch.einsum("bkhc,kn->bhnc", reduced, down)
         coefficients = (torch.einsum("bqhc,bhnc->bhqn", self.q(q), keys) * self.scale).softmax(-1)
         if not exact:
             best = coefficients.topk(min(self.coefficients, coefficients.shape[-1]), sorted=False)
             coefficients = torch.zeros_like(coefficients).scatter(-1, best.indices, best.values)
             up = up.abs().masked_fill(up.abs() <= self.basis_threshold, 0.0)
-        return coefficients @ up.T
+        scores = coefficients @ up.T
+        return scores if alive is None else scores.masked_fill(~alive[:, None, None], -torch.inf)
 
     def _resized(self, matrix: Tensor, grid: Sequence[int]) -> Tensor:
         if tuple(grid) == self.grid:
@@ -141,14 +145,42 @@ class SparsifinerAttention(MultiHeadAttention):
         )  # fmt: skip
         self.maps: list[Tensor] | None = None
 
-    def connectivity(self, scores: Tensor) -> P.Tokens:
-        """The keys each query sees, from the approximate map ``(batch, heads, queries, keys)``."""
+    def connectivity(self, scores: Tensor, most: int | None = None) -> P.Tokens:
+        """The keys each query sees, from the approximate map ``(batch, heads, queries, keys)``, ``most`` at most."""
         if self.threshold is None:
-            return P.Tokens(scores.topk(kept_count(self.keep_rate, scores.shape[-1]), sorted=False).indices)
+            count = kept_count(self.keep_rate, scores.shape[-1])
+            return P.Tokens(scores.topk(count if most is None else min(count, most), sorted=False).indices)
         every = torch.arange(scores.shape[-1], device=scores.device)
         return P.Tokens(torch.where(scores > self.threshold, every, -1))
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
+        return self._mix(q, k, v, extra)
+
+    def forward_scored(self, x: Tensor, extra: Tensor, tokens: TokenMap | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the tokens that are alive, and score them.
+
+        Args:
+            x: ``(batch, *grid, dim)``; places whose tokens were dropped hold anything.
+            extra: tokens outside the grid ``(batch, n, dim)``; the first of them scores the others.
+            tokens: which places are alive; all by default. Queries see at most as many keys as there are of them.
+
+        Returns:
+            Two tensors like ``x`` and ``extra``, and how much of the first extra token's attention, on average over heads,
+            each place gets: ``(batch, places)``, with gradient.
+        """
+        self.check_tokens(x, extra)
+        q, k, v = self.project(x, x)
+        extra_q, extra_k, extra_v = self.project(extra, extra)
+        seen = Source(extra_k, extra_v, P.Dense())
+        y = self._mix(q, k, v, [seen], tokens)
+        alive = None if tokens is None else tokens.alive.reshape(k.shape[:-2])
+        sources = [Source(k, v, P.Dense(), valid=alive), seen]
+        scores, _ = attend_weights(extra_q[:, :1], sources, scale=self.scale, reduce="heads")
+        y_extra = self.attend(extra_q, sources)
+        y, y_extra = (self.proj_drop(self.proj(each.flatten(-2))) for each in (y, y_extra))
+        return y, y_extra, scores.flatten(1)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source], tokens: TokenMap | None = None) -> Tensor:
         key_grid = tuple(k.shape[1:-2])
         outside = extra[0].k.shape[1] if extra else 0
         if self.prefix and outside != self.prefix:
@@ -160,8 +192,10 @@ class SparsifinerAttention(MultiHeadAttention):
         if self.maps is not None:
             self.maps.append(self.predictor(q.flatten(1, -3), keys, key_grid, exact=True))
             return self.attend(q, [Source(k, v, P.Dense()), *competing])
+        alive = None if tokens is None else F.pad(tokens.alive, [self.prefix, 0], value=True)
+        most = None if tokens is None else tokens.present
         with torch.no_grad():
-            pattern = self.connectivity(self.predictor(q.flatten(1, -3), keys, key_grid))
+            pattern = self.connectivity(self.predictor(q.flatten(1, -3), keys, key_grid, alive=alive), most)
         return self.attend(q, [Source(k, v, pattern), *competing])
 
 

@@ -23,7 +23,12 @@ def supports(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.need_lse:
         return reference.run(call)
-    q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (call.q, call.k, call.v))
+    q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
+    width = v.shape[-1]
+    if q.device.type == "cpu" and q.shape[-1] != width:
+        # the fused kernel takes one width; more zeros change no logit, and no value that is kept
+        q, k, v = (F.pad(t, [0, max(width, q.shape[-1]) - t.shape[-1]]) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     causal = isinstance(call.pattern, Causal) and call.queries == call.keys and call.bias is None and call.valid is None
     mask = None if causal else call.mask()
     bias = call.dense_bias()
@@ -36,6 +41,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         attn_mask=_full(mask if bias is None else bias, call),
         dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=operator.index(q.shape[1] // k.shape[1]) > 1,
     )  # fmt: skip
+    out = out[..., :width]
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2).unflatten(1, call.q_grid), None

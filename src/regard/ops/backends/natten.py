@@ -9,6 +9,7 @@ Source: Hassani et al., arXiv:2403.04690, arXiv:2504.16922.
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def supports(call: Call) -> str | None:
         return f"only Neighborhood with border='shift'; got {pattern!r}"
     if not INSTALLED:
         return "natten is not installed"
+    if getattr(sys.modules.get("natten"), "computed_by", None) == "regard":
+        return "natten is regard itself, see regard.compat.natten"
     if torch.compiler.is_compiling():
         return "not inside a compiled graph"
     if call.bias is not None or call.table is not None:

@@ -163,7 +163,11 @@ class Neighborhood(Separable):
         return (k - q) // per_axis(self.dilation, axis)
 
     def extent(self, axis, length, rank):
-        return per_axis(self.kernel_size, axis) - 1
+        kernel, stride = per_axis(self.kernel_size, axis), per_axis(self.stride, axis)
+        if self.border == "shift" or per_axis(self.causal, axis):
+            return kernel - 1
+        before, after = kernel // 2, kernel - 1 - kernel // 2  # of the leader, which stands so far from its group's ends:
+        return max(before + stride - 1 - stride // 2, after + stride // 2)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,59 @@
+"""Strip attention: queries and keys of one channel per head, keys and values of a map made smaller by a strided convolution.
+
+    p = LN(DW_rxr,r(x));  y = W_o softmax(q k^T / sqrt(s)) v    q of x, k and v of p;  q, k: s channels per head, v: C / heads
+Cost: N^2 (s heads + C) / r^2 multiply-adds. Source: Xu et al., S2AFormer, arXiv:2505.22195.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..pools import PoolKV
+from .base import SplitMixer, check_choice
+from .registry import register_mixer
+
+
+@register_mixer("strip")
+class StripAttention(SplitMixer):
+    """Attention compressed twice: fewer keys, and queries and keys far thinner than values.
+
+    Args:
+        dim, heads: channels and attention heads; values have ``dim // heads`` channels per head.
+        ratio: tokens per key on an axis; 1 pools nothing. Where it does not divide a grid, zeros are appended.
+        strip: channels per head of queries and keys, ``dim // heads`` for ordinary attention.
+        pool: what makes the smaller map, ``"conv"``, a depthwise convolution, or the ``"mean"``; a norm follows either.
+        rank: number of grid axes.
+        **projections: see :class:`AttentionMixer`.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``heads``; a strip or a ratio below 1; an unknown pool.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ratio: int = 2,
+        *,
+        strip: int = 1,
+        pool: str = "conv",
+        rank: int = 2,
+        **projections,
+    ) -> None:
+        if heads < 1 or dim % heads or strip < 1 or ratio < 1:
+            raise ValueError(
+                f"dim must be a multiple of heads, strip and ratio at least 1; got {dim=}, {heads=}, {strip=}, {ratio=}"
+            )
+        check_choice("pool", pool, ("conv", "mean"))
+        super().__init__(dim, heads, head_dim=strip, value_dim=dim // heads, **projections)
+        self.pool: nn.Module = nn.Identity()
+        if ratio > 1:
+            conv: dict[str, Any] = {"dim": dim, "groups": dim, "rank": rank} if pool == "conv" else {}
+            self.pool = PoolKV(pool, ratio, after=nn.LayerNorm(dim, **self.factory), **conv, **self.factory)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        """Mix tokens, see :meth:`AttentionMixer.forward`; keys and values come from the pooled context, or the pooled ``x``."""
+        self.check_tokens(x, extra, context)
+        return super().forward(x, extra, context=self.pool(x if context is None else context))
