@@ -1,15 +1,21 @@
 """Captured maps are the weights the attention multiplied its values with."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import regard
 from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture
-from regard.ops.observe import OBSERVERS
+from regard.ops.kernels import apply_kernel
+from regard.ops.observe import OBSERVERS, WATCHERS, WITHIN
+from regard.ops.transposed import attend_transposed
 
 STATIC = [
     P.Dense(),
@@ -286,3 +292,207 @@ def test_limit_counts_what_was_taken_before():
         model(x)
     with pytest.raises(ValueError, match="'last'"), capture(model, limit=needed - 1):
         model(x)
+
+
+@pytest.mark.parametrize("pattern", STATIC + ROUTED, ids=repr)
+def test_lazy_maps_are_those_that_are_computed_at_once(pattern):
+    layer, x = Attends(pattern), random_qkv()
+    with capture(layer) as once, capture(layer, lazy=True) as later:
+        layer(x)
+    assert all(torch.equal(a, b) for a, b in zip(once[0].weights, later[0].weights, strict=True))
+    for part, weights, gradients in later[0].stream(4):
+        assert gradients is None
+        torch.testing.assert_close(weights[0], once[0].weights[0][:, :, part], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "tiled"])
+def test_gradients_are_those_of_the_explicit_weights(backend):
+    q, k, v = (t.requires_grad_() for t in random_qkv(kv_heads=2))
+    extra = torch.randn(2, 3, 2, 8, dtype=torch.float64)
+    pattern, direction = P.Neighborhood(3), torch.randn(2, 5, 6, 4, 8, dtype=torch.float64)
+
+    class Layer(nn.Module):
+        def forward(self, q, k, v):
+            sources = [
+                Source(k, v, pattern),
+                Source(extra, extra),
+                Source(k[..., :1, :], v[..., :1, :], "window(2)", heads=(1, 3)),
+            ]
+            return attend(q, sources, sink=0.2, backend=backend)
+
+    layer = Layer()
+    with capture(layer, gradients=True, rows=[3, 17]) as maps:
+        (layer(q, k, v) * direction).sum().backward()
+    keys = [k.flatten(1, 2), extra, k[..., :1, :].flatten(1, 2)]
+    values = [t.detach().repeat_interleave(4 // t.shape[2], 2) for t in (v.flatten(1, 2), extra, v[..., :1, :].flatten(1, 2))]
+    masks = [
+        pattern.mask((5, 6)).expand(4, 30, 30),
+        torch.ones(4, 30, 3, dtype=torch.bool),
+        P.Window(2).mask((5, 6)).repeat(4, 1, 1),
+    ]
+    masks[2][[0, 2]] = False
+    logits = [
+        torch.einsum("bqhd,bkhd->bhqk", q.flatten(1, 2), t.repeat_interleave(4 // t.shape[2], 2)).masked_fill(~m, -torch.inf)
+        * 8**-0.5
+        for t, m in zip(keys, masks, strict=True)
+    ]
+    sink = torch.full((2, 4, 30, 1), 0.2, dtype=torch.float64)
+    weights = torch.cat([*logits, sink], -1).softmax(-1).detach().requires_grad_()
+    y = torch.einsum("bhqk,bkhd->bqhd", weights[..., :-1], torch.cat(values, 1))
+    (expected,) = torch.autograd.grad((y.unflatten(1, (5, 6)) * direction).sum(), weights)
+    expected[:, [0, 2], :, 33:63] = 0.0  # these heads do not have the third source
+    found = torch.cat([g.flatten(3) for g in maps[0].gradients], -1)
+    torch.testing.assert_close(found, expected[:, :, [3, 17], :-1], rtol=0, atol=1e-12)
+
+
+def test_several_globs_choose_layers_and_kinds_operators():
+    model, x = network(), torch.randn(1, 6, 8, 16)
+    with capture(model, layers=["stage.first", "la*"]) as maps:
+        model(x)
+    assert [m.name for m in maps] == ["stage.first", "last"]
+    mixer = create_mixer("aggregated", dim=16, heads=2, ratio=2)
+    for kinds, expected in (("*", ["attention", "kernel"]), ("kernel", ["kernel"]), (["attention"], ["attention"])):
+        with capture(mixer, kinds=kinds) as maps:
+            mixer(torch.randn(1, 4, 4, 16))
+        assert [m.kind for m in maps] == expected
+        assert maps[""].kind == expected[0]
+
+
+def test_kernels_are_weights_of_the_tokens_they_add_up():
+    v = torch.randn(2, 5, 6, 4, 3, dtype=torch.float64)
+    for border, size, dilation in (("zero", 3, 1), ("shift", 3, 1), ("zero", (2, 3), 2), ("shift", (2, 3), (2, 1))):
+        taps = 9 if size == 3 else 6
+        weights = torch.randn(1, 5, 6, 4, taps, dtype=torch.float64)
+
+        class Layer(nn.Module):
+            def forward(self, v, arguments=(weights, size, dilation, border)):
+                weights, size, dilation, border = arguments
+                return apply_kernel(v, weights, size, dilation=dilation, border=border)
+
+        layer = Layer()
+        with capture(layer) as maps:
+            y = layer(v)
+        again = torch.einsum("bhqk,bkhd->bqhd", maps[0].weights[0].flatten(3), v.flatten(1, 2)).unflatten(1, (5, 6))
+        torch.testing.assert_close(again, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_outlook_windows_are_weights_of_tokens(stride):
+    mixer = create_mixer("outlook", dim=8, heads=2, kernel_size=3, stride=stride).double()
+    x = torch.randn(2, 5, 6, 8, dtype=torch.float64)
+    with capture(mixer) as maps:
+        y = mixer(x)
+    v = mixer.v(x).unflatten(-1, (2, 4)).flatten(1, 2)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", maps[0].weights[0].flatten(3), v).flatten(2).unflatten(1, (5, 6))
+    torch.testing.assert_close(mixer.proj(mixed), y, rtol=0, atol=1e-12)
+    with capture(mixer, rows=[(2, 3), (4, 0)]) as some:
+        mixer(x)
+    torch.testing.assert_close(some[0].weights[0], maps[0].weights[0][:, :, [15, 24]])
+
+
+@pytest.mark.parametrize("pattern", [P.Dense(), P.Window(2), P.Neighborhood(3)])
+def test_transposed_attention_is_one_map_of_what_keys_receive(pattern):
+    q, k, v = random_qkv()
+
+    class Layer(nn.Module):
+        def forward(self, q, k, v):
+            return attend_transposed(q, k, v, pattern)
+
+    layer = Layer()
+    with capture(layer) as maps:
+        y = layer(q, k, v)
+    assert [m.kind for m in maps] == ["transposed"]
+    again = torch.einsum("bhkq,bqhd->bkhd", maps[0].weights[0].flatten(3), v.flatten(1, 2)).unflatten(1, (5, 6))
+    torch.testing.assert_close(again, y, rtol=0, atol=1e-10)
+    sent = maps[0].weights[0].sum(2)  # every query sends one in all
+    torch.testing.assert_close(sent, torch.ones_like(sent))
+
+
+def test_channels_and_mixtures_show_what_they_weigh():
+    mixer = create_mixer("channel_group", dim=8, heads=2).double()
+    x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    with capture(mixer) as maps:
+        mixer(x)
+    _, k, v = mixer.qkv(x).unflatten(-1, (3, 2, 4)).flatten(1, 2).unbind(2)
+    expected = (torch.einsum("bnhi,bnhj->bhij", k, v) / 2.0).softmax(-1)
+    torch.testing.assert_close(maps[0].weights[0], expected, rtol=0, atol=1e-12)
+    assert (maps[0].kind, maps[0].row_places) == ("channel", None)
+    with capture(mixer, rows=[2]) as maps:
+        mixer(x)
+    assert not len(maps)  # its rows are no queries
+    heads = create_mixer("mixture_of_heads", dim=8, heads=4)
+    with capture(heads, kinds="mixture") as maps:
+        heads(x.float())
+    assert maps[0].weights[0].shape == (1, 1, 12, 3 if heads.shared == 1 else 4 - heads.shared)
+    torch.testing.assert_close(maps[0].weights[0].sum(-1), torch.ones(1, 1, 12))
+
+
+def test_nothing_watches_after_a_capture_or_an_error():
+    mixer = create_mixer("outlook", dim=8, heads=2)
+    with capture(mixer):
+        assert len(WATCHERS) == len(OBSERVERS) == 1
+    with pytest.raises(ValueError, match="expected x"), capture(mixer):
+        mixer(torch.randn(1, 4, 4, 3))
+    assert not WATCHERS
+    assert not OBSERVERS
+    q = random_qkv()[0]
+    with pytest.raises(ValueError, match="v must stand on the queries"), capture(mixer):
+        attend_transposed(q, q[:, :1], q[:, :2])
+    assert not WITHIN
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most, self.storages = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage):
+        key = storage._cdata
+        if key in self.storages:
+            return
+        size = storage.nbytes()
+        self.storages[key] = size
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key):
+        self.alive -= self.storages.pop(key, 0)
+
+
+def test_a_large_image_costs_the_chosen_rows_alone():
+    """512 x 512 pixels are 16384 tokens at stage one: all weights of its six heads' worth of blocks would take gigabytes."""
+    model = regard.create_model("swin_tiny_patch4_window7_224", num_classes=0).eval()
+    image = torch.randn(1, 3, 512, 512)
+    peaks = {}
+    for name, options in {"plain": None, "rows": {"rows": [(0.5, 0.5)]}, "lazy": {"lazy": True}}.items():
+        with torch.no_grad(), LiveBytes() as memory:
+            if options is None:
+                model(image)
+            else:
+                with capture(model, **options) as maps:
+                    model(image)
+                assert len(maps) == 12
+        peaks[name] = memory.most
+    grids = [(128 // 2**stage) ** 2 for stage in (0, 0, 1, 1, *[2] * 6, 3, 3)]
+    heads = [3 * 2**stage for stage in (0, 0, 1, 1, *[2] * 6, 3, 3)]
+    chosen = sum(4 * n * h for n, h in zip(grids, heads, strict=True))
+    tensors = sum(3 * 4 * n * h * 32 for n, h in zip(grids, heads, strict=True))
+    whole = sum(4 * n * n * h for n, h in zip(grids, heads, strict=True))
+    assert whole > 2 << 30
+    assert sum(w.numel() * 4 for m in maps[:1] for w in m.stream(1).__next__()[1]) == 4 * grids[0] * heads[0]
+    assert peaks["rows"] < peaks["plain"] + 16 * chosen + (64 << 20)
+    assert peaks["lazy"] < peaks["plain"] + tensors + (64 << 20)
+    with pytest.raises(ValueError, match=r"more than limit=2048.0 MiB: choose rows="), torch.no_grad(), capture(model):
+        model(image)
+    with pytest.raises(ValueError, match=r"'stages.0.blocks.0.mixer.op' take 3072.0 MiB.*choose rows="):
+        maps[0].weights  # noqa: B018  # the property raises

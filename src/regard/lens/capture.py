@@ -1,30 +1,61 @@
-"""Capture: the exact attention weights of chosen queries, from any model built on :func:`regard.attend`.
+"""Capture: the exact attention weights of chosen queries, from any model built on :func:`regard.attend`, and from others.
 
     with regard.lens.capture(model, rows=[(12, 30)], layers="stages.2.*") as maps:
         model(images)
     maps["stages.2.blocks.0.mixer"].weights[0]      # (batch, heads, 1, *k_grid)
 
-The attention itself runs as ever, on its own backend; the weights of the chosen rows are computed beside it.
+The attention itself runs as ever, on its own backend; the weights of the chosen rows are computed beside it, or later from
+queries and keys (``lazy``). Models of other libraries are told apart by their modules, see :mod:`regard.lens.foreign`.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.observe import OBSERVERS, Record
-from ..ops.patterns import Pattern, as_pattern
+from ..layers.mixers.criss_cross import CrissCrossAttention
+from ..layers.mixers.hilo import HiLoAttention
+from ..layers.reduce import TokenMap
+from ..ops.footprint import Footprint
+from ..ops.observe import OBSERVERS, WATCHERS, WITHIN, Record, Weighing
+from ..ops.patterns import Dense, Pattern, as_pattern
 from ..ops.trail import Trail
-from ..ops.weights import weights_of
+from .foreign import Found, watched
+from .kept import Kept, KeptAttention, KeptPart, KeptWeighing, detached
+from .places import Cells, Reduced, Where
 
 Rows = Sequence[int] | Sequence[Sequence[int]] | Sequence[Sequence[float]]
+
+CHUNK = 1 << 24
+"""Weights computed at once."""
+PREFIX = 16
+"""Tokens at most that may stand before those of a grid in a flat sequence."""
+
+
+@dataclass
+class Backward:
+    """Whether a backward pass has reached any attention of a capture."""
+
+    seen: bool = False
+
+
+@dataclass
+class Arrival:
+    """The derivative by the output of an attention, once a backward pass has been there."""
+
+    backward: Backward
+    gradient: Tensor | None = None
+
+    def arrive(self, gradient: Tensor) -> None:
+        self.gradient, self.backward.seen = gradient, True
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +64,20 @@ class Map:
 
     Attributes:
         name: path of the module that attended.
-        call: how many attentions this module had computed before.
+        call: how many attentions (or uses of another operator of this kind) this module had computed before.
         grid: the query grid.
         rows: row-major indices of the chosen queries on it.
         patterns: one per source.
-        weights: one per source, ``(batch, heads, rows, *k_grid)``. A row sums to one over all sources, the sink and zero keys
-            outside the grid.
+        k_grids: the key grid of each source.
+        places: for each source the cells that its keys stand for; None for tokens that have no place (class tokens, latents).
+        row_places: those of the queries.
+        kind: ``"attention"``, or another operator: ``"channel"``, ``"kernel"``, ``"outlook"``, ``"transposed"``, ``"mixture"``.
+        image_size: rows and columns of the image that the model was given, where it was given one.
+        reduction: pixels per token side, where the model tells it.
+        lossy: whether a sink or zero keys outside the grid take a share of each row.
+        visit: number of the run of the module; attentions of one run belong together.
+        order: whether several attentions of one run follow each other (``"sequence"``) or stand beside each other
+            (``"parallel"``); None where that is not known.
     """
 
     name: str
@@ -46,16 +85,123 @@ class Map:
     grid: tuple[int, ...]
     rows: tuple[int, ...]
     patterns: tuple[Pattern, ...]
-    weights: tuple[Tensor, ...]
+    k_grids: tuple[tuple[int, ...], ...]
+    places: tuple[Where | None, ...]
+    row_places: Cells | Reduced | None
+    kind: str = "attention"
+    image_size: tuple[int, int] | None = None
+    reduction: int | None = None
+    lossy: bool = False
+    visit: int = 0
+    order: str | None = None
+    q_key: object = None
+    """What tells the queries of one attention from those of another."""
+    limit: int = 2 << 30
+    _kept: Kept | None = field(default=None, repr=False)
+    _stored: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    _arrival: Arrival | None = field(default=None, repr=False)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """One per source, ``(batch, heads, rows, *k_grid)``.
+
+        A row sums to one over all sources, the sink and zero keys outside the grid.
+
+        Raises:
+            ValueError: weights beyond the limit, where they were not computed yet.
+        """
+        if self._stored is not None:
+            return self._stored
+        return self._whole(lambda weights, _: weights, gradients=False)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The derivatives by the weights, of whatever ``backward()`` was of; shaped as :attr:`weights`.
+
+        They are 0 where the backward pass went past an attention: its output has no part in the answer.
+
+        Raises:
+            ValueError: the capture was not asked for gradients, or no backward pass has reached any of its attentions;
+                gradients beyond the limit.
+        """
+        return self._whole(lambda _, gradients: gradients, gradients=True)
+
+    def stream(
+        self, chunk: int | None = None, *, gradients: bool = False
+    ) -> Iterator[tuple[slice, list[Tensor], list[Tensor] | None]]:
+        """Weights, and gradients where asked for, of a few chosen queries at a time.
+
+        Args:
+            chunk: how many; by default what makes about 16 million weights.
+            gradients: also those.
+
+        Yields:
+            Which of the chosen queries, the weights of each source and their gradients, ``(batch, heads, queries, *k_grid)``.
+        """
+        arrived = self._gradient() if gradients else None  # None also where nothing came
+        keys = sum(map(math.prod, self.k_grids))
+        kept = self._kept
+        if kept is None:
+            assert self._stored is not None  # one of both is there
+            each = self._stored[0].shape[0] * self._stored[0].shape[1] * keys
+        else:
+            each = kept.batch * kept.heads * keys
+        chunk = chunk or max(1, CHUNK // each)
+        for start in range(0, len(self.rows), chunk):
+            part = slice(start, min(start + chunk, len(self.rows)))
+            if self._stored is not None:
+                weights = [w[:, :, part] for w in self._stored]
+            else:
+                assert kept is not None  # one of both is there
+                weights = self._shaped(kept.weights(self._index(part)))
+            found = None
+            if arrived is not None:
+                assert kept is not None  # gradients were asked for, so that it was kept
+                found = self._shaped(kept.gradients(self._index(part), arrived))
+            elif gradients:
+                found = [torch.zeros_like(w) for w in weights]
+            yield part, weights, found
+
+    @property
+    def batch(self) -> int:
+        return self._kept.batch if self._kept is not None else self.weights[0].shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self._kept.heads if self._kept is not None else self.weights[0].shape[1]
 
     @property
     def pattern(self) -> Pattern:
         """The pattern of the first source."""
         return self.patterns[0]
 
+    def _gradient(self) -> Tensor | None:
+        if self._arrival is None:
+            raise ValueError(f"gradients of {self.name!r} were not asked for: capture(model, gradients=True)")
+        if not self._arrival.backward.seen:
+            raise ValueError(
+                f"no backward pass has reached the attention of {self.name!r}, or of any other layer: call backward() on "
+                "something that depends on it, with gradients enabled and something before it that requires them"
+            )
+        return self._arrival.gradient
+
+    def _index(self, part: slice) -> Tensor:
+        assert self._kept is not None  # the callers checked
+        return torch.tensor(self.rows[part], device=self._kept.device)
+
+    def _shaped(self, found: Sequence[Tensor]) -> list[Tensor]:
+        return [w.unflatten(-1, grid) for w, grid in zip(found, self.k_grids, strict=True)]
+
+    def _whole(self, choose: Callable, gradients: bool) -> tuple[Tensor, ...]:
+        if self._kept is not None:
+            _check_limit(self.name, len(self.rows), needed_bytes(self._kept, len(self.rows), self.k_grids), 0, self.limit)
+        chunks = [choose(weights, found) for _, weights, found in self.stream(gradients=gradients)]
+        return tuple(torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
+
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{p!r} {tuple(w.shape)}" for p, w in zip(self.patterns, self.weights, strict=True))
-        return f"Map({self.name!r}, call={self.call}, grid={self.grid}, {shapes})"
+        shapes = ", ".join(f"{p!r} {grid}" for p, grid in zip(self.patterns, self.k_grids, strict=True))
+        kind = "" if self.kind == "attention" else f"{self.kind}, "
+        return f"Map({self.name!r}, {kind}call={self.call}, grid={self.grid}, rows={len(self.rows)}, {shapes})"
 
 
 class Maps(Sequence[Map]):
@@ -74,13 +220,16 @@ class Maps(Sequence[Map]):
         return iter(self._maps)
 
     def __getitem__(self, key):
-        """A map by its position, or by the name of its module and the number of the call (0 by default)."""
+        """A map by its position, or by the name of its module and the number of the call (0 by default).
+
+        Where a module also uses another operator, its attention is meant.
+        """
         if isinstance(key, (int, slice)):
             return self._maps[key]
         name, call = key if isinstance(key, tuple) else (key, 0)
-        for found in self._maps:
-            if (found.name, found.call) == (name, call):
-                return found
+        fitting = [found for found in self._maps if (found.name, found.call) == (name, call)]
+        if fitting:
+            return min(fitting, key=lambda found: found.kind != "attention")
         names = list(dict.fromkeys(m.name for m in self._maps))
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise KeyError(f"no attention {name!r}, call {call}, was captured; there are {', '.join(near) or 'none'}")
@@ -90,77 +239,344 @@ class Maps(Sequence[Map]):
 
 
 @contextmanager
-def capture(model: nn.Module, rows: Rows | None = None, layers: str = "*", *, limit: int = 2 << 30) -> Iterator[Maps]:
+def capture(
+    model: nn.Module,
+    rows: Rows | None = None,
+    layers: str | Sequence[str] = "*",
+    *,
+    kinds: str | Sequence[str] = "*",
+    lazy: bool = False,
+    gradients: bool = False,
+    limit: int = 2 << 30,
+) -> Iterator[Maps]:
     """Record the exact attention weights of a model while the context is entered.
 
     Args:
         model: a module; what it attends outside of its own ``forward`` is not recorded, nor what activation checkpointing
-            recomputes.
+            recomputes. Built on :func:`regard.attend`, on :class:`torch.nn.MultiheadAttention`, on attention modules like
+            those of timm, or a vision model of transformers.
         rows: the queries to look at, all by default: row-major indices, coordinates such as ``[(12, 30)]``, or fractions of
             the grid such as ``[(0.5, 0.25)]``, which name the same place at every resolution. Attentions whose grid has
             another number of axes than the coordinates (those of extra tokens) are passed over.
-        layers: shell-style pattern of module paths.
-        limit: bytes of weights to keep at most.
+        layers: shell-style pattern of module paths, or several.
+        kinds: likewise of operators, see :class:`Map`; operators that do not weigh places are recorded only without ``rows``.
+        lazy: keep queries, keys and values, which is linear in tokens, and compute weights when they are asked for.
+        gradients: keep what the derivatives by the weights need as well; implies ``lazy``.
+        limit: bytes of weights, or with ``lazy`` of queries, keys and values, to keep at most.
 
     Yields:
         The :class:`Maps`, which fill up as the model runs.
 
     Raises:
-        ValueError: rows outside a grid; weights beyond the limit.
+        ValueError: rows outside a grid; more bytes than the limit.
     """
-    with Trail() as trail:
-        recorder = _Recorder(trail, {module: name for name, module in model.named_modules()}, rows, layers, limit)
-        OBSERVERS.append(recorder)
-        try:
-            yield recorder.maps
-        finally:
-            OBSERVERS.remove(recorder)
+    chosen = _Choice(rows, _globs(layers), _globs(kinds), lazy or gradients, gradients, limit)
+    recorder = _Recorder(model, chosen)
+    with ExitStack() as stack:
+        stack.enter_context(recorder)
+        stack.enter_context(_listed(OBSERVERS, recorder.attended))
+        stack.enter_context(_listed(WATCHERS, recorder.weighed))
+        stack.enter_context(watched(model, recorder.found))
+        yield recorder.maps
 
 
-class _Recorder:
-    """The observer behind :func:`capture`."""
+@contextmanager
+def _listed(observers: list, observer: Callable) -> Iterator[None]:
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
 
-    def __init__(self, trail: Trail, names: dict[nn.Module, str], rows: Rows | None, layers: str, limit: int) -> None:
-        self.trail, self.names = trail, names
-        self.rows, self.layers, self.limit = rows, layers, limit
+
+@dataclass(frozen=True)
+class _Choice:
+    """What to record."""
+
+    rows: Rows | None
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    lazy: bool
+    gradients: bool
+    limit: int
+
+
+class _Recorder(Trail):
+    """The observer behind :func:`capture`: what runs, on which image, and with which tokens left."""
+
+    def __init__(self, model: nn.Module, choice: _Choice) -> None:
+        super().__init__()
+        self.model, self.choice = model, choice
+        self.names = {module: name for name, module in model.named_modules()}
         self.maps = Maps()
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.backward = Backward()
         self.taken = 0
+        self.visits: list[int] = []
+        self.visited = 0
+        self.image_size: tuple[int, int] | None = None
+        self.patches: tuple[tuple[int, int], int] | None = None  # grid and side of the patches of another library's model
+        self.tokens: tuple[TokenMap, tuple[int, ...]] | None = None
+        self.last_grid: tuple[int, ...] = ()
+        self.last_reduction: int | None = None
 
-    def __call__(self, record: Record) -> None:
-        name = self.trail.path(self.names)
-        if name is None or self.trail.recomputing or not fnmatchcase(name, self.layers):
-            return
-        call = self.calls[name]
-        self.calls[name] += 1
+    # ----- what runs
+
+    def _enter(self, module: nn.Module, args) -> None:
+        super()._enter(module, args)
+        self.visited += 1
+        self.visits.append(self.visited)
+        if module is self.model:
+            self.image_size, self.patches, self.tokens, self.last_grid = None, None, None, ()
+        image = args[0] if args and isinstance(args[0], Tensor) else None
+        if self.image_size is None and image is not None and image.ndim == 4 and image.is_floating_point():
+            channels = getattr(module, "in_channels", None) if isinstance(module, nn.Conv2d) else None
+            if module is self.model:
+                channels = getattr(module, "in_chans", 3)
+            if channels is not None and image.shape[1] == channels:
+                self.image_size = (image.shape[2], image.shape[3])
+
+    def _leave(self, module: nn.Module, args, output) -> None:
+        super()._leave(module, args, output)
+        del self.visits[len(self.modules) :]
+        if (
+            isinstance(module, nn.Conv2d)
+            and self.patches is None
+            and isinstance(output, Tensor)
+            and self.image_size is not None
+        ):
+            side = module.stride[0]
+            if side > 1 and module.stride == module.kernel_size:
+                self.patches = ((output.shape[-2], output.shape[-1]), int(side))
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], TokenMap):
+            cells = output[1].place.shape[1]
+            grid = self.tokens[1] if self.tokens is not None else self.last_grid
+            if math.prod(grid) == cells:
+                self.tokens = (output[1], grid)
+
+    def _wanted(self, name: str | None, kind: str) -> bool:
+        return (
+            name is not None
+            and not self.recomputing
+            and any(fnmatchcase(name, glob) for glob in self.choice.layers)
+            and any(fnmatchcase(kind, glob) for glob in self.choice.kinds)
+        )
+
+    # ----- what is observed
+
+    def attended(self, record: Record) -> Callable[[Tensor], None] | None:
+        """Observe an ``attend``."""
+        name = self.path(self.names)
+        if name is not None and not self.recomputing and len(record.q.shape) > 4:
+            self._see_grid(tuple(record.q.shape[1:-2]), name)
+        if WITHIN or not self._wanted(name, "attention"):
+            return None
+        assert name is not None  # it is wanted
         grid = tuple(record.q.shape[1:-2])
-        rows = _flat_rows(self.rows, grid, name)
-        if not rows:
+        k_grids = [tuple(source.k.shape[1:-2]) for source in record.sources]
+        stage = self._stage(name)
+        row_places = self._row_places(grid, k_grids, stage)
+        flat = all(len(k_grid) == 1 for k_grid in k_grids)
+        columns: list[tuple[int, int, int]] = []
+        places: list[Where | None] = []
+        patterns, shapes = [], []
+        for number, (source, k_grid) in enumerate(zip(record.sources, k_grids, strict=True)):
+            stands = source.footprint or self._key_places(k_grid, grid, row_places, stage, flat and number == 0)
+            prefix = stands.prefix if isinstance(stands, Footprint) and stands.kind == "list" else 0
+            keys = math.prod(k_grid)
+            parts: list[tuple[int, int, tuple[int, ...], Where | None]]
+            if isinstance(stands, Footprint) and stands.kind == "list":
+                stands.check(k_grid)
+                parts = [(0, prefix, (prefix,), None), (prefix, keys, stands.grid, Cells(stands.grid))]
+            else:
+                parts = [(0, keys, k_grid, stands)]
+            for start, stop, shape, where in parts:
+                if stop > start:
+                    columns.append((number, start, stop))
+                    places.append(where)
+                    shapes.append(shape)
+                    patterns.append(as_pattern(source.pattern))
+        kept: Kept = KeptAttention(detached(record))
+        if len(columns) > len(record.sources):
+            kept = KeptPart(kept, 0, tuple(columns))
+        lossy = record.sink is not None or any(any(pair) for call in record.calls for pair in call.zeros)
+        visit, order = self._run()
+        arrival = self._add(
+            name, "attention", kept, grid, tuple(patterns), tuple(shapes), tuple(places), row_places, lossy, visit, order,
+            (record.q.data_ptr(), tuple(record.q.shape)), None, self.last_reduction,
+        )  # fmt: skip
+        if arrival is None or not self.choice.gradients:
+            return None
+        return lambda output: _listen(output, arrival)
+
+    def weighed(self, weighing: Weighing) -> None:
+        """Observe another operator."""
+        name = self.path(self.names)
+        if not self._wanted(name, weighing.kind) or (self.choice.rows is not None and not weighing.on_grid):
             return
-        self.reserve(name, record, len(rows))
-        with torch.no_grad(), torch.autocast(record.q.device.type, enabled=False):
-            weights = weights_of(_of_one_dtype(record), rows)
-        patterns = tuple(as_pattern(source.pattern) for source in record.sources)
-        self.maps.append(Map(name, call, grid, rows, patterns, tuple(weights)))
+        assert name is not None  # it is wanted
+        stage = self._stage(name)
+        row_places = self._row_places(weighing.grid, [weighing.key_grid], stage) if weighing.on_grid else None
+        where = self._key_places(weighing.key_grid, weighing.grid, row_places, stage, False) if weighing.on_grid else None
+        visit, order = self._run()
+        self._add(
+            name, weighing.kind, KeptWeighing(weighing), weighing.grid, (Dense(),), (weighing.key_grid,), (where,), row_places,
+            False, visit, order, None,
+        )  # fmt: skip
 
-    def reserve(self, name: str, record: Record, rows: int) -> None:
-        keys = sum(source.k.shape[1:-2].numel() for source in record.sources)
-        size = 8 if record.q.dtype == torch.float64 else 4
-        needed = record.q.shape[0] * record.q.shape[-2] * rows * keys * size
+    def found(self, found: Found) -> None:
+        """Observe an attention of another library."""
+        name = self.names[found.module]
+        if not self._wanted(name, "attention"):
+            return
+        visit, order = self._run()
+        reduction = self.patches[1] if self.patches and found.grid is None else None
+        arrival = Arrival(self.backward)
+        if found.grid is not None:
+            where = Cells(found.grid)
+            parts = iter([(found.kept, found.grid, (found.grid,), (where,), where)])
+        else:
+            parts = self._split(found)
+        for kept, grid, shapes, places, row_places in parts:
+            self._add(
+                name, "attention", kept, grid, (Dense(),) * len(shapes), shapes, places, row_places, False, visit, order,
+                None, arrival, reduction,
+            )  # fmt: skip
+        if self.choice.gradients:
+            _listen(found.output, arrival, found.to_tokens)
+
+    def _split(self, found: Found):
+        """The tokens of patches and those before them, apart, as mixers of regard have them."""
+        cells = math.prod(self.patches[0]) if self.patches else 0
+        queries, keys = found.queries, found.keys
+        before = keys - cells
+        if not cells or not 0 <= before <= PREFIX or queries not in (keys, before):
+            places: tuple[Where | None, ...] = (None,)
+            yield found.kept, (queries,), ((keys,),), places, None
+            return
+        assert self.patches is not None  # there are cells
+        grid = self.patches[0]
+        columns = ((0, before, keys), (0, 0, before)) if before else ((0, 0, keys),)
+        shapes = (grid, (before,)) if before else (grid,)
+        stands = (Cells(grid), None) if before else (Cells(grid),)
+        if queries == keys:
+            yield KeptPart(found.kept, before, columns), grid, shapes, stands, Cells(grid)
+        if before:
+            yield KeptPart(found.kept, 0, columns), (before,), shapes, stands, None
+
+    # ----- where tokens are
+
+    def _see_grid(self, grid: tuple[int, ...], name: str) -> None:
+        """Remember the grid, for later attention to its tokens in a row."""
+        self.last_grid = self._cropped(grid, self._stage(name))
+        self.last_reduction = self._reduction(name)
+
+    def _stage(self, name: str) -> tuple[tuple[int, ...], int] | None:
+        """The grid that the model says a module works on, and pixels per token side."""
+        reduction = self._reduction(name)
+        if reduction is None or self.image_size is None:
+            return None
+        return tuple(-(-side // reduction) for side in self.image_size), reduction
+
+    def _reduction(self, name: str) -> int | None:
+        info = getattr(self.model, "feature_info", None)
+        if not isinstance(info, list):
+            return None
+        fitting = [line for line in info if isinstance(line, dict) and f"{name}.".startswith(f"{line.get('module')}.")]
+        return int(max(fitting, key=lambda line: len(line["module"]))["reduction"]) if fitting else None
+
+    def _cropped(self, grid: tuple[int, ...], stage: tuple[tuple[int, ...], int] | None) -> tuple[int, ...]:
+        """The grid without what a mixer appended to it."""
+        if stage is None or len(grid) != len(stage[0]):
+            return grid
+        return stage[0] if all(m <= n < 2 * m for n, m in zip(grid, stage[0], strict=True)) else grid
+
+    def _row_places(self, grid: tuple[int, ...], k_grids, stage) -> Cells | Reduced | None:
+        if len(grid) > 1:
+            return Cells(self._cropped(grid, stage))
+        reduced = self._reduced(grid)
+        if reduced is not None:
+            return reduced
+        alone = all(len(k_grid) == 1 for k_grid in k_grids) and k_grids[0] == grid
+        return Cells(grid) if alone and stage is None else None
+
+    def _key_places(self, k_grid, grid, row_places, stage, flat: bool) -> Where | None:
+        if len(k_grid) == 1:
+            reduced = self._reduced(k_grid)
+            if reduced is not None:
+                return reduced
+            if isinstance(row_places, Cells) and row_places.grid == k_grid:
+                return row_places
+            cells = stage[0] if stage is not None else self.last_grid
+            before = k_grid[0] - math.prod(cells)
+            return Footprint(cells, "list", prefix=before) if flat and cells and 0 <= before <= PREFIX else None
+        if len(grid) == len(k_grid) and k_grid != grid and all(k <= q for k, q in zip(k_grid, grid, strict=True)):
+            return Footprint(grid, "parts")
+        return Cells(self._cropped(k_grid, stage) if k_grid == grid or len(grid) == 1 else k_grid)
+
+    def _reduced(self, grid: tuple[int, ...]) -> Reduced | None:
+        if self.tokens is None or int(self.tokens[0].place.max()) >= grid[0]:
+            return None
+        tokens, cells = self.tokens
+        return Reduced(cells, tokens.place) if grid[0] in (tokens.present, math.prod(cells)) else None
+
+    def _run(self) -> tuple[int, str | None]:
+        """The run that an attention belongs to, and how the attentions of that run stand to each other."""
+        running = list(zip(self.modules, self.visits, strict=True))
+        for module, visit in running:
+            if isinstance(module, HiLoAttention):
+                return visit, "parallel"
+        inner = next(((module, visit) for module, visit in reversed(running) if module in self.names), (None, 0))
+        return inner[1], "sequence" if isinstance(inner[0], CrissCrossAttention) else None
+
+    # ----- what is kept
+
+    def _add(
+        self, name, kind, kept: Kept, grid, patterns, shapes, places, row_places, lossy, visit, order, q_key,
+        arrival: Arrival | None = None, reduction: int | None = None,
+    ) -> Arrival | None:  # fmt: skip
+        call = self.calls[name, kind]
+        self.calls[name, kind] += 1
+        rows = _flat_rows(self.choice.rows, grid, name)
+        if not rows:
+            return None
+        needed = kept.size if self.choice.lazy else needed_bytes(kept, len(rows), shapes)
         self.taken += needed
-        if self.taken > self.limit:
-            raise ValueError(
-                f"the weights of {rows} queries of {name!r} take {needed / 2**20:.1f} MiB, with those before "
-                f"{self.taken / 2**20:.1f} MiB, more than limit={self.limit / 2**20:.1f} MiB: "
-                f"choose rows= or layers=, or raise limit="
-            )
+        _check_limit(name, len(rows), needed, self.taken - needed, self.choice.limit)
+        stored = None
+        if not self.choice.lazy:
+            found = kept.weights(torch.tensor(rows, device=kept.device))
+            stored = tuple(w.unflatten(-1, shape) for w, shape in zip(found, shapes, strict=True))
+        arrival = (arrival or Arrival(self.backward)) if self.choice.gradients else None
+        self.maps.append(Map(
+            name, call, grid, rows, patterns, shapes, places, row_places, kind, self.image_size,
+            reduction or self._reduction(name), lossy, visit, order, q_key, self.choice.limit,
+            kept if self.choice.lazy else None, stored, arrival,
+        ))  # fmt: skip
+        return arrival
 
 
-def _of_one_dtype(record: Record) -> Record:
-    """The record in the dtype the attention is computed in, which autocasting may have chosen."""
-    kind = record.calls[0].q.dtype
-    sources = [replace(s, k=s.k.to(kind), v=s.v.to(kind), q=None if s.q is None else s.q.to(kind)) for s in record.sources]
-    return replace(record, q=record.q.to(kind), sources=sources)
+def _listen(output: Tensor, arrival: Arrival, to_tokens: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: arrival.arrive(to_tokens(gradient.detach())))
+
+
+def needed_bytes(kept: Kept, rows: int, k_grids: Sequence[Sequence[int]]) -> int:
+    """Bytes of the weights of some rows."""
+    return kept.batch * kept.heads * rows * sum(map(math.prod, k_grids)) * kept.dtype.itemsize
+
+
+def _check_limit(name: str, rows: int, needed: int, before: int, limit: int) -> None:
+    if before + needed > limit:
+        raise ValueError(
+            f"the weights of {rows} queries of {name!r} take {needed / 2**20:.1f} MiB, with those before "
+            f"{(before + needed) / 2**20:.1f} MiB, more than limit={limit / 2**20:.1f} MiB: "
+            f"choose rows= or layers=, or raise limit="
+        )
+
+
+def _globs(globs: str | Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _flat_rows(rows: Rows | None, grid: tuple[int, ...], name: str) -> tuple[int, ...]:

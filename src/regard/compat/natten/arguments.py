@@ -1,0 +1,66 @@
+"""The arguments that all functions and modules share: checked as NATTEN checks them, one value per axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ...ops.patterns import Neighborhood
+
+Sizes = int | Sequence[int]
+"""A number, or one per axis."""
+
+Flags = bool | Sequence[bool]
+"""A boolean, or one per axis."""
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def sizes(name: str, value: Sizes | None, rank: int, low: int) -> tuple[int, ...]:
+    """One integer per axis; None stands for ones.
+
+    Raises:
+        ValueError: another number of entries, entries that are no integers or below ``low``.
+    """
+    value = 1 if value is None else value
+    entries = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(entries) != rank or not all(isinstance(n, int) and not isinstance(n, bool) and n >= low for n in entries):
+        raise ValueError(f"{name} must be an integer of at least {low}, or {rank} of them, one per axis; got {value!r}")
+    return entries
+
+
+def flags(value: Flags | None, rank: int) -> tuple[bool, ...]:
+    """One boolean per axis; None stands for False.
+
+    Raises:
+        ValueError: another number of entries, or entries that are not boolean.
+    """
+    value = False if value is None else value
+    entries = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(entries) != rank or not all(isinstance(flag, bool) for flag in entries):
+        raise ValueError(f"is_causal must be a boolean, or {rank} of them, one per axis; got {value!r}")
+    return entries
+
+
+def neighborhood(
+    grid: Sequence[int], kernel_size: Sizes, dilation: Sizes | None, is_causal: Flags | None, stride: Sizes | None = 1
+) -> Neighborhood:
+    """The pattern of these arguments on a grid.
+
+    Raises:
+        ValueError: arguments of the wrong kind, a stride larger than the kernel, or a dilated kernel larger than the grid.
+    """
+    rank = len(grid)
+    kernels, dilations = sizes("kernel_size", kernel_size, rank, 2), sizes("dilation", dilation, rank, 1)
+    if any(k * d > n for k, d, n in zip(kernels, dilations, grid, strict=True)):
+        raise ValueError(
+            f"kernel_size * dilation must not exceed the grid on any axis; got kernel_size {kernels} and dilation {dilations} "
+            f"on the grid {tuple(grid)}"
+        )
+    return Neighborhood(kernels, dilations, sizes("stride", stride, rank, 1), flags(is_causal, rank))
+
+
+def named(name: str, function: AnyFunction) -> AnyFunction:
+    """Name a function that is made once per number of axes."""
+    function.__name__ = function.__qualname__ = name
+    return function

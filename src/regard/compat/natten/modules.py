@@ -1,0 +1,84 @@
+"""NATTEN's modules of version 0.21: projections around neighborhood attention, the same names in the state dict."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .arguments import Flags, Sizes, flags, sizes
+from .functional import neighborhood_attention_generic
+
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Neighborhood attention with its projections on tokens ``(batch, *grid, embed_dim)``.
+
+    Args:
+        embed_dim: channels.
+        num_heads: attention heads; divides ``embed_dim``.
+        kernel_size, stride, dilation, is_causal: see :func:`regard.compat.natten.functional.neighborhood_attention_generic`.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+        qk_scale: factor on the logits; None and 0 are ``head_dim ** -0.5``.
+        proj_drop: dropout after the output projection.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``, or arguments out of range.
+    """
+
+    na_dim: ClassVar[int]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Sizes,
+        stride: Sizes | None = 1,
+        dilation: Sizes | None = 1,
+        is_causal: Flags | None = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim; got {num_heads} and {embed_dim}")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.kernel_size = sizes("kernel_size", kernel_size, self.na_dim, 2)
+        self.stride = sizes("stride", stride, self.na_dim, 1)
+        self.dilation = sizes("dilation", dilation, self.na_dim, 1)
+        self.is_causal = flags(is_causal, self.na_dim)
+        self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != self.na_dim + 2 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"expected (batch, *grid, {self.embed_dim}) with {self.na_dim} grid axes; got {tuple(x.shape)}")
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        y = neighborhood_attention_generic(q, k, v, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
+        assert isinstance(y, Tensor)  # no lse was asked for
+        return self.proj_drop(self.proj(y.flatten(-2)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
+        )
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 3
