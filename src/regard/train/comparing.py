@@ -259,13 +259,22 @@ def look(outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[flo
     for outcome in outcomes:
         with torch.inference_mode(), lens.capture(outcome.model, rows=list(queries)) as maps:
             outcome.model(image[None])
-        last = {found.name.split(".blocks.")[0]: found.name for found in maps if len(found.grid) == 2}
-        weights = []
-        for name in last.values():
-            calls = torch.stack([found.weights[0][0].mean(0) for found in maps if found.name == name and len(found.grid) == 2])
-            weights.append(list(calls.mean(0)))
-        looks.append(Look(outcome.label, [f"stage {index + 1}" for index in range(len(last))], weights))
+        stages: dict[str, dict[str, list[lens.Map]]] = {}
+        for found in maps:
+            stage, _, path = found.name.partition(".blocks.")
+            if len(found.grid) == 2 and any(where is not None and len(where.grid) == 2 for where in found.places):
+                stages.setdefault(stage, {}).setdefault(path.partition(".")[0], []).append(found)
+        weights = [list(_seen(blocks[max(blocks, key=int)])) for blocks in stages.values()]
+        looks.append(Look(outcome.label, [f"stage {index + 1}" for index in range(len(stages))], weights))
     return looks
+
+
+def _seen(parts: Sequence[lens.Map]) -> Tensor:
+    """What the heads of all attentions of a block see on average, as ``(queries, rows, columns)`` of its grid."""
+    pixels = torch.cat([lens.image_map(found, heads=None).map[0] for found in parts]).mean(0)
+    grid = parts[0].grid
+    per_token = pixels.shape[1] * pixels.shape[2] / (grid[0] * grid[1])
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, grid) * per_token
 
 
 def environment() -> dict[str, str]:

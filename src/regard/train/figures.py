@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .comparing import Look, Outcome
 
-COLOURS = ("#3d5a80", "#d1603d", "#3a8f6b", "#8a5fbf", "#c2992b", "#4aa3b5", "#b0476e", "#6b7280")
+COLOURS = (
+    "#3d5a80", "#d1603d", "#3a8f6b", "#8a5fbf", "#c2992b", "#4aa3b5", "#b0476e", "#6b7280",
+    "#2f6f3e", "#7a4a2b", "#1f78b4", "#e07fb0", "#8fae3b", "#444b9e", "#c0392b", "#16a394",
+)  # fmt: skip
 INK, QUIET, LINES = "#1f2933", "#6b7785", "#e4e8ec"
 MARK = "#111111"
 
@@ -41,10 +44,9 @@ def _svg(figure: Any) -> str:
 
 def pareto(outcomes: Sequence[Outcome]) -> str:
     """Accuracy over latency; the outcomes that no other beats in both are joined."""
-    figure, axes = _figure(5.6, 3.7)
+    figure, axes = _figure(5.6, 3.7 + 0.12 * max(0, len(outcomes) - 6))
     points = [(o.numbers["latency_ms"], 100 * o.accuracy) for o in outcomes]
     front = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
-    tall = max(y for _, y in points) - min(y for _, y in points)
     axes.plot(*zip(*front, strict=True), color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     span = max(outcome.numbers["latency_high_ms"] for outcome in outcomes)
     for index, (outcome, (x, y)) in enumerate(zip(outcomes, points, strict=True)):
@@ -52,36 +54,98 @@ def pareto(outcomes: Sequence[Outcome]) -> str:
         low, high = outcome.numbers["latency_low_ms"], outcome.numbers["latency_high_ms"]
         axes.errorbar(x, y, xerr=[[x - low], [high - x]], color=colour, linewidth=1.2, zorder=2)
         axes.scatter([x], [y], s=70, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
-        right = x < 0.7 * span
-        low_neighbour = any(0 <= other_y - y < 0.12 * tall and other != index for other, (_, other_y) in enumerate(points))
-        axes.annotate(
-            outcome.label, (x, y), xytext=(9 if right else -9, -13 if low_neighbour else 5), textcoords="offset points",
-            ha="left" if right else "right", color=colour, fontweight="bold",
-        )  # fmt: skip
     axes.set_xlim(0, 1.05 * span)
-    axes.margins(y=0.25)
+    axes.margins(y=0.15)
     axes.set_xlabel("latency in ms per batch (quartiles)")
     axes.set_ylabel("accuracy in %")
+    bars = [(o.numbers["latency_low_ms"], o.numbers["latency_high_ms"]) for o in outcomes]
+    _label_points(figure, axes, points, bars, short_labels(outcomes))
     return _svg(figure)
 
 
+def short_labels(labelled: Sequence[Outcome] | Sequence[Look]) -> list[str]:
+    """Labels without options, where that leaves them apart."""
+    short = [one.label.partition(" (")[0] for one in labelled]
+    return [one.label if short.count(label) > 1 else label for one, label in zip(labelled, short, strict=True)]
+
+
+def _label_points(
+    figure: Any,
+    axes: Any,
+    points: Sequence[tuple[float, float]],
+    bars: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+) -> None:
+    """Write each label at the first place around its point that no other label, point or error bar takes, in its colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, frame = canvas.get_renderer(), axes.get_window_extent()
+    dots = axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in dots]
+    for (low, high), (_, y) in zip(bars, points, strict=True):
+        (left, middle), (right, _) = axes.transData.transform([(low, y), (high, y)])
+        taken.append(Bbox.from_extents(left, middle - 1, right, middle + 1))
+    places = [(9, -3, "left"), (-9, -3, "right"), (4, 6, "left"), (-4, 6, "right"), (4, -13, "left"), (-4, -13, "right")]
+    places += [(side * 9, step * 9 - 3, "left" if side > 0 else "right") for step in (1, -1, 2, -2, 3, -3) for side in (1, -1)]
+    for index, (point, label) in enumerate(zip(points, labels, strict=True)):
+        for dx, dy, align in places:
+            text = axes.annotate(
+                label, point, xytext=(dx, dy), textcoords="offset points", ha=align, fontsize=8,
+                color=COLOURS[index % len(COLOURS)], fontweight="bold",
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            if (dx, dy, align) != places[-1]:
+                text.remove()
+        taken.append(box)
+
+
 def curves(outcomes: Sequence[Outcome], chance: float) -> str:
-    """Validation accuracy after each epoch."""
-    figure, axes = _figure(5.6, 3.7)
+    """Validation accuracy after each epoch; the names stand at the ends of their curves, spread so that all can be read."""
+    figure, axes = _figure(5.6, 3.7 + 0.12 * max(0, len(outcomes) - 6))
+    last = max(len(outcome.history) for outcome in outcomes)
+    ends = []
     for index, outcome in enumerate(outcomes):
         colour = COLOURS[index % len(COLOURS)]
         epochs = [entry["epoch"] for entry in outcome.history]
         accuracies = [100 * entry["val_accuracy"] for entry in outcome.history]
-        axes.plot(epochs, accuracies, color=colour, linewidth=1.8, marker="o", markersize=3, label=outcome.label)
+        axes.plot(epochs, accuracies, color=colour, linewidth=1.6, marker="o", markersize=2.5)
+        ends.append((epochs[-1], accuracies[-1], colour))
     axes.axhline(100 * chance, color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate("chance", (1, 100 * chance), xytext=(0, 3), textcoords="offset points", color=QUIET, fontsize=8)
-    last = max(len(outcome.history) for outcome in outcomes)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(end[1] for end in ends))
+    axes.set_xlim(right=last + 0.45 * max(1, last - 1))
     axes.set_xticks(range(1, last + 1, max(1, last // 8)))
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy in %")
-    axes.legend(loc="lower right", framealpha=0.9, edgecolor="white")
+    room = axes.get_ylim()[1] * 0.052
+    order = sorted(range(len(ends)), key=lambda index: ends[index][1])
+    heights = spread([ends[index][1] for index in order], room)
+    axes.set_ylim(0, max(axes.get_ylim()[1], heights[-1] + room))
+    for index, height, label in zip(order, heights, [short_labels(outcomes)[index] for index in order], strict=True):
+        x, y, colour = ends[index]
+        axes.annotate(
+            label, (x, y), xytext=(last + 0.07 * max(1, last - 1), height), textcoords="data", va="center", fontsize=8,
+            color=colour, fontweight="bold", arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 2},
+        )  # fmt: skip
     return _svg(figure)
+
+
+def spread(heights: Sequence[float], room: float) -> list[float]:
+    """Rising heights moved as little as keeps them ``room`` apart: neighbours that are too close move as one, about their mean."""
+    groups: list[list[float]] = []  # mean wish, number
+    for height in heights:
+        groups.append([height, 1])
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < room * (groups[-1][1] + groups[-2][1]) / 2:
+            mean, number = groups.pop()
+            other, count = groups.pop()
+            groups.append([(mean * number + other * count) / (number + count), number + count])
+    return [mean + room * (i - (number - 1) / 2) for mean, number in groups for i in range(int(number))]
 
 
 def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[float, float]]) -> bytes:
@@ -95,6 +159,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
         queries: the places that were looked from, as fractions of height and width.
     """
     shown = [one for one in looks if one.weights]
+    labels = short_labels(shown)
     stages = max(len(one.weights) for one in shown)
     columns, rows = stages * len(queries), len(shown)
     figure, axes = _figure(1.75 * columns + 0.4, 1.76 * rows + 0.3, nrows=rows, ncols=columns, squeeze=False)
@@ -123,7 +188,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
             if row == 0:
                 rows_columns = "×".join(map(str, weights.shape))
                 cell.set_title(f"{one.layers[stage]}, {rows_columns} tokens", fontsize=8, color=QUIET)
-        axes[row, 0].text(-0.06, 0.5, one.label.replace(" (", "\n("), transform=axes[row, 0].transAxes, rotation=90, ha="right",
+        axes[row, 0].text(-0.06, 0.5, labels[row].replace(" (", "\n("), transform=axes[row, 0].transAxes, rotation=90, ha="right",
                           va="center", fontsize=9, fontweight="bold")  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=115, facecolor="white", metadata={"Software": None})

@@ -108,6 +108,7 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
         f"<b>{html.escape(fastest.label)}</b> ({fastest.numbers['latency_ms']:.1f} ms).</p>",
         f"<p>{html.escape(data['description'])}</p>",
         f'<p class="note">{html.escape(remark)}</p>' if remark else "",
+        _over_identity(outcomes),
         "<h2>What each mixer costs and gives</h2>",
         _table(outcomes, data["size"]),
         f'<p class="note">Accuracy on held-out images; always answering one class gives {data["chance"]:.1%}. One seed, '
@@ -136,6 +137,18 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     )
+
+
+def _over_identity(outcomes: Sequence[Outcome]) -> str:
+    """What mixing tokens gains at all, where a backbone without mixing was trained too."""
+    without = next((o for o in outcomes if o.name == "identity"), None)
+    others = [o for o in outcomes if o is not without]
+    if without is None or not others:
+        return ""
+    least = min(others, key=lambda o: o.accuracy)
+    gain = 100 * (least.accuracy - without.accuracy)
+    said = f"All others beat {without.label}, by at least {gain:.1f} points" if gain > 0 else "Not all beat it: least"
+    return f"<p>{html.escape(said)} ({html.escape(least.label)}, {least.accuracy:.1%} against {without.accuracy:.1%}).</p>"
 
 
 def _in_words(number: int) -> str:
