@@ -76,6 +76,18 @@ def test_a_bias_table_of_the_extent_holds_every_visible_offset(drawn):
         assert steps.abs().max() <= pattern.extent(axis, n, len(grid))
 
 
+@pytest.mark.parametrize("border", ["shift", "mask", "zero"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 6, 7])
+def test_the_table_of_a_neighborhood_has_no_more_than_occurs(kernel, border):
+    """Without borders that shift it inward, a window reaches half as far."""
+    for stride in range(1, 2 if border == "zero" else kernel + 1):
+        pattern = P.Neighborhood(kernel, 2, stride, border=border)
+        at = torch.arange(60)
+        steps = pattern.offset(0, at[:, None], at, 60, 1)[pattern.mask((60,))]
+        assert steps.abs().max() == pattern.extent(0, None, 1)
+        assert border == "shift" or stride > 1 or pattern.extent(0, None, 1) == kernel // 2
+
+
 @pytest.mark.parametrize(("make", "quotes"), [
     (lambda: P.Window(0), ["size", "at least 1", "got 0"]),
     (lambda: P.Window(7.5), ["size", "int", "7.5"]),

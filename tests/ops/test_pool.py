@@ -74,7 +74,9 @@ def test_an_error_comes_out_and_the_pool_goes_on_working(three_threads):
     assert sorted(done) == list(range(20))
 
 
-@pytest.mark.parametrize("pattern", [P.Neighborhood(5), P.Neighborhood(3, dilation=2), P.Axis(0) | P.Axis(1), P.Halo(4, 2)], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", [P.Neighborhood(5), P.Neighborhood(3, dilation=2), P.Axis(0) | P.Axis(1), P.Halo(4, 2)], ids=repr
+)
 def test_attention_and_all_gradients_are_those_of_one_thread(pattern, three_threads, monkeypatch):
     monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)  # many pieces, whose keys overlap
     torch.manual_seed(0)
