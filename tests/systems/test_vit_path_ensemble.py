@@ -222,27 +222,28 @@ def test_bad_input_is_told():
 
 @pytest.mark.slow
 def test_a_deep_transformer_with_ensemble_scale_learns_at_least_as_well():
-    """Digits, 24 blocks of 32 channels, seed 0, 6 epochs of 1,200 images: the loss on the other images is not above that of the
-    same model without the scale, from the same weights and in the same order, by more than 0.05.
+    """Digits, 24 blocks of 32 channels, seed 0, 10 epochs of 1,200 images: the loss on the others is not above that of the
+    same model without the scale, from the same weights and in the same order, by more than 0.05; it was 0.345 beside 0.323.
     """
     digits = load_digits()
     x = torch.from_numpy(digits.images).float()[:, None].expand(-1, 3, -1, -1) / 8 - 1
     y = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
+    table = {"dim": 32, "depth": 24, "head_dim": 8, "patch_size": 4, "image_size": 8, "num_classes": 10}
     losses = []
     for scaled in (False, True):
         torch.manual_seed(0)
-        table = {"dim": 32, "depth": 24, "head_dim": 8, "patch_size": 2, "image_size": 8, "num_classes": 10}
         model = create_model("vit_tiny_patch16_224", **table)
         whole = PathEnsemble(model) if scaled else model
-        optimiser = torch.optim.AdamW(whole.parameters(), lr=1e-3)
-        for _ in range(6):
-            for part in torch.randperm(1200).split(60):
+        optimiser = torch.optim.AdamW(whole.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            for part in torch.randperm(1200, generator=generator).split(60):
                 optimiser.zero_grad()
                 F.cross_entropy(whole(x[part]), y[part]).backward()
                 optimiser.step()
         with torch.no_grad():
             losses.append(float(F.cross_entropy(whole.eval()(x[1200:]), y[1200:])))
     assert losses[1] < losses[0] + 0.05
-    assert max(losses) < 1.0
+    assert max(losses) < 0.5

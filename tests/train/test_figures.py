@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,12 +22,6 @@ def test_heights_that_are_apart_stay_where_they_are():
     assert spread([1.0, 1.0, 9.0], 2.0) == [0.0, 2.0, 9.0]
 
 
-@dataclass
-class Named:
-    label: str
-    history: list = field(default_factory=list)
-
-
 def test_labels_lose_their_options_unless_that_makes_them_equal():
-    found = short_labels([Named("halo (block_size=4)"), Named("window (window_size=4)"), Named("window (window_size=8)")])
+    found = short_labels(["halo (block_size=4)", "window (window_size=4)", "window (window_size=8)"])
     assert found == ["halo", "window (window_size=4)", "window (window_size=8)"]

@@ -272,7 +272,7 @@ def look(outcomes: Sequence[Outcome], image: Tensor, queries: Sequence[tuple[flo
 def _seen(parts: Sequence[lens.Map]) -> Tensor:
     """What the heads of all attentions of a block see on average, as ``(queries, rows, columns)`` of its grid."""
     pixels = torch.cat([lens.image_map(found, heads=None).map[0] for found in parts]).mean(0)
-    grid = parts[0].grid
+    grid = (parts[0].grid[0], parts[0].grid[1])
     per_token = pixels.shape[1] * pixels.shape[2] / (grid[0] * grid[1])
     return torch.nn.functional.adaptive_avg_pool2d(pixels, grid) * per_token
 

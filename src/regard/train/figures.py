@@ -59,14 +59,14 @@ def pareto(outcomes: Sequence[Outcome]) -> str:
     axes.set_xlabel("latency in ms per batch (quartiles)")
     axes.set_ylabel("accuracy in %")
     bars = [(o.numbers["latency_low_ms"], o.numbers["latency_high_ms"]) for o in outcomes]
-    _label_points(figure, axes, points, bars, short_labels(outcomes))
+    _label_points(figure, axes, points, bars, short_labels([outcome.label for outcome in outcomes]))
     return _svg(figure)
 
 
-def short_labels(labelled: Sequence[Outcome] | Sequence[Look]) -> list[str]:
+def short_labels(labels: Sequence[str]) -> list[str]:
     """Labels without options, where that leaves them apart."""
-    short = [one.label.partition(" (")[0] for one in labelled]
-    return [one.label if short.count(label) > 1 else label for one, label in zip(labelled, short, strict=True)]
+    short = [label.partition(" (")[0] for label in labels]
+    return [label if short.count(brief) > 1 else brief for label, brief in zip(labels, short, strict=True)]
 
 
 def _label_points(
@@ -127,7 +127,8 @@ def curves(outcomes: Sequence[Outcome], chance: float) -> str:
     order = sorted(range(len(ends)), key=lambda index: ends[index][1])
     heights = spread([ends[index][1] for index in order], room)
     axes.set_ylim(0, max(axes.get_ylim()[1], heights[-1] + room))
-    for index, height, label in zip(order, heights, [short_labels(outcomes)[index] for index in order], strict=True):
+    labels = short_labels([outcome.label for outcome in outcomes])
+    for index, height, label in zip(order, heights, [labels[index] for index in order], strict=True):
         x, y, colour = ends[index]
         axes.annotate(
             label, (x, y), xytext=(last + 0.07 * max(1, last - 1), height), textcoords="data", va="center", fontsize=8,
@@ -159,7 +160,7 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
         queries: the places that were looked from, as fractions of height and width.
     """
     shown = [one for one in looks if one.weights]
-    labels = short_labels(shown)
+    labels = short_labels([one.label for one in shown])
     stages = max(len(one.weights) for one in shown)
     columns, rows = stages * len(queries), len(shown)
     figure, axes = _figure(1.75 * columns + 0.4, 1.76 * rows + 0.3, nrows=rows, ncols=columns, squeeze=False)

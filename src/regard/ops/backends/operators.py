@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..call import Call
+
 
 def lse_like(q: Tensor) -> Tensor:
     """An uninitialised log-sum-exp for queries ``(batch, *grid, heads, dim)``."""
     return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def differentiated(call: Call) -> bool:
+    """Whether a backward may come, which needs the log-sum-exp."""
+    return call.needs_grad or (torch.is_grad_enabled() and torch._C._are_functorch_transforms_active())
+
+
 def complete(forward, backward, flops: Callable[..., int], backward_flops: Callable[..., int]) -> None:
     """Give a custom operator its fake kernel, its autograd formula and its count of FLOPs.
 
     Args:
-        forward: custom operator from ``(q, k, v, table, valid, blocks, *static)`` to output and log-sum-exp; ``table`` is a
-            bias table, ``valid`` and ``blocks`` carry no gradient, and nor do the static arguments.
+        forward: custom operator from ``(q, k, v, table, valid, blocks, *static, need_lse)`` to output and log-sum-exp, which is
+            empty where it is not needed; ``table`` is a bias table, ``valid`` and ``blocks`` carry no gradient, and nor do the
+            static arguments.
         backward: custom operator from ``(grad_out, grad_lse, q, k, v, table, valid, blocks, out, lse, *static, need_table)``
             to the gradients of q, k, v and of the table (empty where not needed).
         flops: from the shapes of the arguments of ``forward`` to FLOPs.
@@ -28,7 +36,8 @@ def complete(forward, backward, flops: Callable[..., int], backward_flops: Calla
 
     @forward.register_fake
     def _(q, k, v, *others):
-        return q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
+        lse = lse_like(q)
+        return q.new_empty((*q.shape[:-1], v.shape[-1])), lse if others[-1] else lse.new_empty(0)
 
     @backward.register_fake
     def _(grad_out, grad_lse, q, k, v, table, *others):
@@ -36,7 +45,7 @@ def complete(forward, backward, flops: Callable[..., int], backward_flops: Calla
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), table_grad
 
     def setup_context(ctx, inputs, output):
-        tensors, ctx.static = inputs[:6], inputs[6:]
+        tensors, ctx.static = inputs[:6], inputs[6:-1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
@@ -46,7 +55,7 @@ def complete(forward, backward, flops: Callable[..., int], backward_flops: Calla
             grad_out = torch.zeros_like(out)
         need_table = tensors[3] is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dtable = backward(grad_out, grad_lse, *tensors, out, lse, *ctx.static, need_table)
-        return dq, dk, dv, dtable if need_table else None, *[None] * (2 + len(ctx.static))
+        return dq, dk, dv, dtable if need_table else None, *[None] * (3 + len(ctx.static))
 
     forward.register_autograd(autograd, setup_context=setup_context)
     for operator, count in ((forward, flops), (backward, backward_flops)):

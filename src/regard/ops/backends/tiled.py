@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..call import Call
 from ..merging import merge
@@ -31,6 +30,7 @@ from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_bac
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
 from ..tiling import TileGroup, TilePlan, tile_plan
 from . import dense, reference
+from .operators import complete, differentiated, lse_like
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
@@ -104,17 +104,9 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         list(call.q_start),
         [n for pair in call.zeros for n in pair],
         call.scale,
-        call.need_lse or _differentiated(call),
+        call.need_lse or differentiated(call),
     )  # fmt: skip
     return out, lse if call.need_lse else None
-
-
-def _differentiated(call: Call) -> bool:
-    """Whether a backward may come, which needs the log-sum-exp."""
-    if not torch.is_grad_enabled():
-        return False
-    learned = (call.q, call.k, call.v, *([call.table.table] if call.table else []))
-    return any(t.requires_grad for t in learned) or torch._C._are_functorch_transforms_active()
 
 
 def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -173,14 +165,9 @@ def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, block, spec, bias
         rows = _forward(problem, chunks, rows)
     shape = (*q.shape[:-1], v.shape[-1])
     if rows is None:  # a pattern that shows nothing
-        return q.new_zeros(shape), _lse_like(q).fill_(-torch.inf)
+        return q.new_zeros(shape), lse_like(q).fill_(-torch.inf)
     out = problem.unfold(rows[0], shape, q.dtype)
     return out, problem.unfold(rows[1], (*q.shape[:-1], 1), problem.q.rows.dtype).squeeze(-1)
-
-
-def _lse_like(q: Tensor) -> Tensor:
-    """An uninitialised log-sum-exp for queries ``(batch, *grid, heads, dim)``."""
-    return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _attend_narrow(problem: Problem, chunks: Iterator[Chunk], q: Tensor, v: Tensor) -> Tensor:
@@ -232,12 +219,6 @@ def _attend_chunk(problem: Problem, chunk: Chunk) -> tuple[Tensor, Tensor]:
         out = out.masked_fill(chunk.blind[:, None, :, None], 0.0)
         lse = lse.masked_fill(chunk.blind[:, None], -torch.inf)
     return to_rows(out, problem.heads, problem.v.dim), lse.transpose(1, 2).reshape(-1, problem.heads)
-
-
-@tiled_attention.register_fake
-def _(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse):
-    lse = _lse_like(q)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse if need_lse else lse.new_empty(0)
 
 
 @torch.library.custom_op("regard::tiled_attention_backward", mutates_args=())
@@ -355,51 +336,25 @@ def _add_to_table(grad_table: Tensor, scores: Tensor, offsets: Tensor) -> None:
     grad_table.index_add_(1, offsets.reshape(-1), flat)
 
 
-@tiled_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, table, valid, blocks, out, lse, block, spec, bias_spec, q_start, zeros, scale, need_table):
-    table_grad = torch.empty_like(table) if need_table else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), table_grad
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, table, valid, blocks, *static = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, table, valid, blocks, *output)
-    ctx.static = static[:-1]
-
-
-def _autograd(ctx, grad_out, grad_lse):
-    q, k, v, table, valid, blocks, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    need_table = table is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dtable = tiled_attention_backward(
-        grad_out, grad_lse, q, k, v, table, valid, blocks, out, lse, *ctx.static, need_table
-    )
-    return dq, dk, dv, dtable if need_table else None, *[None] * 9
-
-
-tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
-
-
 def _pairs(q_shape, k_shape, block, blocks_shape, spec, q_start, zeros) -> int:
     if block:
         return blocks_shape[2] * blocks_shape[3] * math.prod(block) ** 2
     return _plan_of(spec, tuple(q_shape[1:-2]), tuple(k_shape[1:-2]), q_start, zeros).computed_pairs
 
 
-@register_flop_formula(torch.ops.regard.tiled_attention)
 def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse, *, out_shape=None,
            **_) -> int:  # fmt: skip
     pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
     return 2 * q[0] * q[-2] * pairs * (q[-1] + v[-1])
 
 
-@register_flop_formula(torch.ops.regard.tiled_attention_backward)
 def _flops_backward(grad, grad_lse, q, k, v, table, valid, blocks, out, lse, block, spec, bias_spec, q_start, zeros, scale,
                     need_table, *, out_shape=None, **_) -> int:  # fmt: skip
     pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
     return 2 * q[0] * q[-2] * pairs * (3 * q[-1] + 2 * v[-1])
+
+
+complete(tiled_attention, tiled_attention_backward, _flops, _flops_backward)
 
 
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..call import Call
 from ..patterns import Blocks, Separable, Tokens
 from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, window_walk
-from .operators import complete, lse_like
+from .operators import complete, differentiated, lse_like
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 LOG2_E = 1.4426950408889634
@@ -135,6 +135,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         list(call.q_start),
         [n for pair in call.zeros for n in pair],
         call.scale,
+        call.need_lse or differentiated(call),
     )  # fmt: skip
     return out, lse if call.need_lse else None
 
@@ -282,8 +283,9 @@ def triton_attention(
     q_start: list[int],
     zeros: list[int],
     scale: float,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` of one call."""
+    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
     from ..triton import attention
 
     problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
@@ -291,7 +293,7 @@ def triton_attention(
     arguments, constants, (tiles, warps) = problem.arguments("forward", out.flatten(1, -3), lse)
     with _on(q):
         attention.forward[(tiles * len(q) * q.shape[-2],)](*arguments, **constants, num_warps=warps, num_stages=2)
-    return out, lse
+    return out, lse if need_lse else lse.new_empty(0)
 
 
 @torch.library.custom_op("regard::triton_attention_backward", mutates_args=())
@@ -353,7 +355,8 @@ def _pairs(name: str, q, k, v, table, blocks, block, spec, bias_spec, q_start, z
     return q[0] * q[-2] * walk.computed_pairs * (blocks[-1] if block else 1)
 
 
-def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, *, out_shape=None, **_) -> int:
+def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse, *, out_shape=None,
+           **_) -> int:  # fmt: skip
     return 2 * _pairs("forward", q, k, v, table, blocks, block, spec, bias_spec, q_start, zeros) * (q[-1] + v[-1])
 
 
