@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.layers.linear import Linear
-from regard.layers.mlps import PIECE, MLP
+from regard.layers.mlps import MLP, PIECE
 from regard.ops.affine import affine, fast_here
 
 

@@ -15,7 +15,7 @@ from regard.layers.positions import OffsetBias
 from regard.ops.pool import run_all
 
 
-@pytest.fixture()
+@pytest.fixture
 def three_threads():
     usual = torch.get_num_threads()
     torch.set_num_threads(3)

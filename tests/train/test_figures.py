@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from regard.train.figures import short_labels, spread
 def test_spread_heights_keep_their_order_their_room_and_their_mean(heights, room):
     heights = sorted(heights)
     moved = spread(heights, room)
-    assert all(after - before >= room - 1e-6 for before, after in zip(moved, moved[1:], strict=False))
+    assert all(after - before >= room - 1e-6 for before, after in pairwise(moved))
     assert sum(moved) == pytest.approx(sum(heights), abs=1e-6 * (1 + sum(heights)))
 
 

@@ -376,7 +376,7 @@ def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator
         tiles, tk = group.keys.shape
         limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
         bias = None
-        if problem.table is not None:
+        if problem.table is not None and group.offsets is not None:
             flat = problem.table.flatten(1).index_select(1, group.offsets.reshape(-1))
             bias = flat.unflatten(1, group.offsets.shape).transpose(0, 1)  # (classes, heads, tq, tk)
             if group.visible is not None:

@@ -138,7 +138,7 @@ def curves(outcomes: Sequence[Outcome], chance: float) -> str:
 
 
 def spread(heights: Sequence[float], room: float) -> list[float]:
-    """Rising heights moved as little as keeps them ``room`` apart: neighbours that are too close move as one, about their mean."""
+    """Rising heights moved so that they are ``room`` apart: neighbours that are too close move together, about their mean."""
     groups: list[list[float]] = []  # mean wish, number
     for height in heights:
         groups.append([height, 1])
@@ -189,8 +189,10 @@ def attention(photo: Tensor, looks: Sequence[Look], queries: Sequence[tuple[floa
             if row == 0:
                 rows_columns = "×".join(map(str, weights.shape))
                 cell.set_title(f"{one.layers[stage]}, {rows_columns} tokens", fontsize=8, color=QUIET)
-        axes[row, 0].text(-0.06, 0.5, labels[row].replace(" (", "\n("), transform=axes[row, 0].transAxes, rotation=90, ha="right",
-                          va="center", fontsize=9, fontweight="bold")  # fmt: skip
+        axes[row, 0].text(
+            -0.06, 0.5, labels[row].replace(" (", "\n("), transform=axes[row, 0].transAxes, rotation=90, ha="right",
+            va="center", fontsize=9, fontweight="bold",
+        )  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=115, facecolor="white", metadata={"Software": None})
     return _small_png(buffer.getvalue())
