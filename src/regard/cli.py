@@ -1,4 +1,4 @@
-"""The command line: ``regard demo``, ``compare``, ``plan``, ``mixers``, ``models``, ``systems``."""
+"""The ``regard`` command: ``demo``, ``compare``, ``plan``, ``explain``, ``app``, ``bench`` and lists of what there is."""
 
 from __future__ import annotations
 
@@ -227,6 +227,48 @@ def plan(
     print(json.dumps(made.as_dict(), indent=2) if as_json else made)
 
 
+@app.command()
+def explain(
+    image: Annotated[str, typer.Argument(help="File of a photograph, or the name of an embedded one, such as chelsea.")],
+    model: Annotated[str, typer.Option(help="Name (random weights), checkpoint whose file name starts with it, or NAME=PATH.")],
+    query: Annotated[str | None, typer.Option(help="A pixel y,x of the image, or fractions: what it attends to.")] = None,
+    rollout: Annotated[bool, typer.Option("--rollout", help="From the answer, or the query, through all layers.")] = False,
+    relevance: Annotated[bool, typer.Option("--relevance", help="What speaks for a class: gradients times attention.")] = False,
+    target: Annotated[int | None, typer.Option(help="That class; the most probable by default.", min=0)] = None,
+    layers: Annotated[str, typer.Option(help="Shell-style pattern of module paths.")] = "*",
+    size: Annotated[int | None, typer.Option(help="Side of the square that the model sees.", min=16, max=1024)] = None,
+    normalise: Annotated[str, typer.Option(help="imagenet, half (-1..1) or regard.")] = "imagenet",
+    classes: Annotated[int | None, typer.Option(help="Of the checkpoint, where not the published number.", min=0)] = None,
+    out: Annotated[Path, typer.Option(help="Two files are written: with .png and .html appended.")] = Path("regard-explain"),
+) -> None:
+    """Where a model looks on a photograph: a PNG, and a page with all heads."""
+    from .lens.explain import explain as look
+    from .lens.explain import open_model, square
+    from .train.files import write_atomically
+
+    built, title, side = open_model(model, classes)
+    photo, place = square(image, size or side, query)
+    found = look(
+        built, photo, title=title, query=place, with_rollout=rollout, with_relevance=relevance, target=target, layers=layers,
+        normalise=normalise,
+    )  # fmt: skip
+    for suffix, content in ((".png", found.png()), (".html", found.html())):
+        print(write_atomically(out.with_name(out.name + suffix), content))
+
+
+@app.command("app")
+def playground(
+    host: Annotated[str, typer.Option(help="Address to listen on; other machines reach it only if this is not 127.0.0.1.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 7860,
+) -> None:
+    """A playground in the browser: click a pixel, see what it attends to, compare mechanisms."""
+    from .app import launch
+
+    launch(host, port)
+
+
 def _tiles(text: str | None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     if text is None:
         return None
@@ -256,6 +298,94 @@ def _device_named(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; such as cpu, cuda, mps") from error
+
+
+bench = typer.Typer(
+    help="Measure speed, memory and errors beside other libraries, and write the page of benchmarks.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
+
+Threads = Annotated[str, typer.Option(help="Numbers of threads to measure with, such as 1,2.")]
+Peers = Annotated[
+    str, typer.Option(help="Libraries to measure beside: of flex, timm, natten; 'here' for those installed, 'none' for none.")
+]
+Install = Annotated[bool, typer.Option("--install", help="Install the peers that are asked for, in a folder of their own.")]
+Results = Annotated[Path, typer.Option(help="Folder of results, with one folder per kind of machine.")]
+Minutes = Annotated[float, typer.Option(help="Cases not begun by then are left out.")]
+Anew = Annotated[bool, typer.Option("--fresh", help="Forget what was measured before, not only what is measured anew.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes, to see that everything runs; the times mean nothing.")]
+RESULTS = Path("benchmarks/results")
+
+
+@bench.command()
+def ops(
+    cases: Annotated[
+        list[str] | None, typer.Argument(help="Of neighborhood, window, axes, routed, linear, natten, growth.")
+    ] = None,
+    threads: Threads = "1,2",
+    peers: Peers = "here",
+    install: Install = False,
+    out: Results = RESULTS,
+    minutes: Minutes = 120.0,
+    fresh: Anew = False,
+    smoke: Smoke = False,
+) -> None:
+    """Operators against their peers, and how their cost grows with the number of tokens."""
+    from .bench import running
+
+    _bench(running.bench_operators, cases, threads, peers, install, out, minutes, fresh, smoke)
+
+
+@bench.command("models")
+def bench_models(
+    backbones: Annotated[list[str] | None, typer.Argument(help="Of swin-t, dinat-t, biformer-t, vit-s.")] = None,
+    threads: Threads = "1,2",
+    peers: Peers = "here",
+    install: Install = False,
+    out: Results = RESULTS,
+    minutes: Minutes = 120.0,
+    fresh: Anew = False,
+    smoke: Smoke = False,
+) -> None:
+    """Inference and training step of backbones, against timm's and against dense attention, per image and per FLOP."""
+    from .bench import running
+
+    _bench(running.bench_backbones, backbones, threads, peers, install, out, minutes, fresh, smoke)
+
+
+@bench.command()
+def page(
+    results: Results = RESULTS,
+    out: Annotated[Path, typer.Option(help="The page, a markdown file.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Write the page of benchmarks and its plots from the results; nothing is measured."""
+    from .bench.page import write_page
+
+    for path in write_page(results, out):
+        print(path)
+
+
+def _bench(
+    measure: Callable[..., Path], chosen: list[str] | None, threads: str, peers: str, install: bool, out: Path, minutes: float,
+    fresh: bool, smoke: bool,
+) -> None:  # fmt: skip
+    from .bench.cases import Scope
+    from .bench.peers import choose_peers, parse_peers
+
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", threads):
+        raise ValueError(f"threads must be positive numbers joined by commas, such as 1,2; got {threads!r}")
+    if minutes <= 0:
+        raise ValueError(f"minutes must be positive; got {minutes:g}")
+    scope = Scope(smoke, choose_peers(parse_peers(peers), install))
+    try:
+        where = measure(
+            chosen or [], out, scope=scope, threads_list=tuple(map(int, threads.split(","))), minutes=minutes, fresh=fresh,
+            tell=_teller(Console(highlight=False)),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"stopped; the cases that were measured are under {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"results: {where}; `regard bench page` makes the page of them")
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:

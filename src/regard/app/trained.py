@@ -1,0 +1,99 @@
+"""A trained model on a photograph: the maps of a query by layer and head, and rollout."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..lens.capture import Map, Maps, capture
+from ..lens.explain import at_place, centre, check_weights, layer_names, normalised, on_image, open_model
+from ..lens.maps import image_map
+from ..lens.pictures import Place, Tile, number, overlay, sheet
+from ..lens.rollout import rollout
+from .uploads import photo
+
+ALL, ROLLOUT = "all layers", "rollout"
+"""What can be shown besides the heads of a layer."""
+
+
+@lru_cache(maxsize=2)
+def opened(name: str, path: str) -> tuple[nn.Module, str, int]:
+    """A model by name, with the weights of a safetensors file or, without one, random.
+
+    Raises:
+        ValueError: unknown name; another kind of file; a checkpoint that does not fit.
+        FileNotFoundError: no such file.
+    """
+    path = path.strip()
+    if path and not path.endswith(".safetensors"):
+        raise ValueError(f"checkpoints are read from .safetensors files; got {path!r}")
+    if path and not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path!r}")
+    return open_model(f"{name}={path}" if path else name)
+
+
+@lru_cache(maxsize=2)
+def _maps(name: str, path: str, picture: str, normalise: str) -> Maps:
+    model, _, side = opened(name, path)
+    images = nn.functional.interpolate(photo(picture)[None].float(), (side, side), mode="bilinear", antialias=True)
+    with torch.no_grad(), capture(model, kinds="attention", lazy=True) as maps:
+        model(normalised(images[0], normalise))
+    return maps
+
+
+def layers(name: str, path: str, picture: str, normalise: str = "imagenet") -> list[str]:
+    """What can be shown of a model: all layers, rollout, and the heads of each layer.
+
+    Raises:
+        ValueError: see :func:`opened`; a model without attention on the image.
+    """
+    return [ALL, ROLLOUT, *layer_names(on_image(_maps(name, path, picture, normalise)))]
+
+
+def show(name: str, path: str, picture: str, what: str, place: Place, normalise: str = "imagenet") -> np.ndarray:
+    """A sheet of maps: ``(height, width, 3)``, uint8; each has the full range of colours, its largest weight stands below.
+
+    Args:
+        name, path: see :func:`opened`.
+        picture: name of the photograph.
+        what: one of :func:`layers`.
+        place: the query, as fractions of height and width.
+        normalise: see :data:`regard.lens.explain.NORMALISATIONS`.
+
+    Raises:
+        ValueError: an unknown layer; see also :func:`layers` and :func:`regard.lens.rollout`.
+    """
+    maps = _maps(name, path, picture, normalise)
+    found = on_image(maps)
+    names = layer_names(found)
+    if what == ROLLOUT:
+        check_weights(maps)
+        with torch.no_grad():
+            shares = rollout(maps, start=place)
+        heat = shares.on_image()[0, 0]
+        return sheet([_tile(picture, heat, 512, place, "rollout", float(shares.cells.max()))], 1)
+    if what == ALL:
+        tiles = [_mean(picture, each, label, place) for label, each in zip(names, found, strict=True)]
+        return sheet(tiles, 6 if len(tiles) > 8 else 4)
+    if what not in names:
+        raise ValueError(f"there is no layer {what!r}; there are {', '.join(names)}")
+    one = at_place(found[names.index(what)], place)
+    heats = image_map(one, None).map[0, :, 0]
+    most = torch.stack([w[0, :, 0].flatten(1).amax(1) for w in one.weights]).amax(0)
+    at = centre(place, one.grid)
+    side = 220 if len(heats) <= 4 else 150
+    return sheet([_tile(picture, heat, side, at, f"head {i}", float(most[i])) for i, heat in enumerate(heats)], 6)
+
+
+def _mean(picture: str, found: Map, label: str, place: Place) -> Tile:
+    one = at_place(found, place)
+    most = max(float(w[0, :, 0].mean(0).max()) for w in one.weights)
+    return _tile(picture, image_map(one).map[0, 0], 150, centre(place, one.grid), label, most)
+
+
+def _tile(picture: str, heat: torch.Tensor, side: int, place: Place, title: str, most: float) -> Tile:
+    return Tile(overlay(photo(picture), heat, side, place), title, f"most {number(most)}")

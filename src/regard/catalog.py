@@ -1,0 +1,146 @@
+"""The catalog: the published systems that work here, with what their docstrings say of them.
+
+A row of ``systems.csv`` is a system. Its formula, cost and source stand where it is defined: on top of the file of its entry,
+or, where several share a file, in the docstring of its class.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import resources
+from pkgutil import resolve_name
+
+from .models import ModelCard, model_card
+from .ops.patterns import parse
+
+ARGUMENTS = {
+    "mixer": "dim=64, heads=4",
+    "gate": "64",
+    "axial_transformer": "(32, 32), slices=3, dim=64",
+    "fit": '"(4)2(4)", groups=4, group_size=64, latents=8, values=256, dim=128, latent_dim=256, heads=4, latent_heads=8',
+}
+"""What other entries than backbones are called with in an example, by slug or by kind; else the names of what they need."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a docstring says of a system.
+
+    Attributes:
+        text: what it computes and what there is to know, in paragraphs; formulas are indented.
+        cost: one phrase; empty where none is stated.
+        source: authors and papers.
+    """
+
+    text: str
+    cost: str
+    source: str
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the catalog.
+
+    Attributes:
+        entry: dotted path of what creates it.
+        sizes: names of its models, or text forms of its patterns.
+        exempt: properties that it lacks, with reasons.
+    """
+
+    id: int
+    slug: str
+    name: str
+    title: str
+    arxiv: str
+    year: int
+    kind: str
+    area: str
+    entry: str
+    sizes: tuple[str, ...]
+    exempt: Mapping[str, str]
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        """What is known of its models; none where it is not a backbone."""
+        return [model_card(size) for size in self.sizes] if self.kind == "backbone" else []
+
+    @property
+    def lines(self) -> str:
+        """Two lines that create its first size, or use it, where it takes a ``model``, ``images``, ``q``, ``k`` and ``v``."""
+        module, _, name = self.entry.rpartition(".")
+        if self.kind == "backbone":
+            return f'import regard\nmodel = regard.create_model("{self.sizes[0]}")'
+        if self.kind == "operator":
+            return f'from regard import attend\ny = attend(q, k, v, "{self.sizes[0]}")'
+        entry = resolve_name(self.entry)
+        parameters = inspect.signature(entry).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+        arguments = ARGUMENTS.get(self.slug) or ARGUMENTS.get(self.kind) or ", ".join(needed)
+        made = "model" if isinstance(entry, type) else "found"
+        return f"from {module} import {name}\n{made} = {name}({arguments})"
+
+    @property
+    def account(self) -> Account:
+        """Formula, cost and source."""
+        if self.kind == "operator":
+            subject: object = type(parse(self.sizes[0]))
+        elif self.kind == "backbone":
+            table = self.cards[0].table
+            subject = table.func if isinstance(table, partial) else table
+        else:
+            subject = resolve_name(self.entry)
+        above = inspect.getdoc(sys.modules[subject.__module__]) or ""
+        return read_account(above if self.arxiv in above else inspect.getdoc(subject) or "")
+
+
+def read_account(docstring: str) -> Account:
+    """Take the docstring of a mechanism apart."""
+    text = re.split(r"\n\n(?=(?:Args|Attributes|Returns|Raises):\n)", docstring)[0]
+    source = _phrase(r"Source: (.*?)(?=\n\n|\Z)", docstring)
+    cost = _phrase(r"Cost: (.*?)(?= Source: |\n\n|\nSource: |\Z)", docstring)
+    text = re.sub(r"(?:Cost|Source): .*?(?=\n\n|\Z)", "", text, flags=re.DOTALL)
+    return Account(re.sub(r"\n{3,}", "\n\n", text).strip(), cost.rstrip("."), source.rstrip("."))
+
+
+def _phrase(pattern: str, docstring: str) -> str:
+    found = re.search(pattern, docstring, re.DOTALL)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+@cache
+def systems() -> tuple[System, ...]:
+    """The systems, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: an installation without the catalog.
+    """
+    file = resources.files("regard") / "systems.csv"
+    if not file.is_file():
+        raise FileNotFoundError("the catalog systems.csv is missing from this installation of regard")
+    return tuple(_system(row) for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
+def system(slug: str) -> System:
+    """One of them.
+
+    Raises:
+        ValueError: unknown slug, with the nearest matches.
+    """
+    known = {each.slug: each for each in systems()}
+    if slug not in known:
+        near = difflib.get_close_matches(slug, known, n=4, cutoff=0.4) or known
+        raise ValueError(f"unknown system {slug!r}; did you mean {', '.join(near)}?")
+    return known[slug]
+
+
+def _system(row: dict[str, str]) -> System:
+    exempt = dict(part.strip().split(": ", 1) for part in row["exempt"].split(";") if part.strip())
+    words = {name: row[name] for name in ("slug", "name", "title", "arxiv", "kind", "area", "entry")}
+    return System(id=int(row["id"]), year=int(row["year"]), sizes=tuple(row["sizes"].split()), exempt=exempt, **words)

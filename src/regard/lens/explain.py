@@ -1,0 +1,343 @@
+"""Explain: where a model looks on one photograph, as a picture and as a page of one file.
+
+    explain(model, picture, query=(0.4, 0.6), with_rollout=True)
+
+What a place attends to in every layer and head (``query``), what moves from the image to the answer (``with_rollout``), and
+what speaks for a class (``with_relevance``).
+
+Cost: a forward pass for a query; for rollout and relevance all weights of every layer, which is quadratic in tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.embedded import PHOTOGRAPHS, photograph
+from ..data.images import decode_image
+from ..models import create_model, list_models, model_card
+from .capture import Map, Maps, capture
+from .layered import Shares
+from .maps import image_map
+from .pictures import Place, Tile, legend, line, marked, number, overlay, png, resized, sheet
+from .relevance import backward, relevance_of
+from .rollout import rollout
+
+WEIGHTS = 4_000_000_000
+"""Weights at most of a rollout or of relevance: some minutes on one core."""
+
+NORMALISATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "half": ((127.5,) * 3, (127.5,) * 3),
+    "regard": ((127.5,) * 3, (64.0,) * 3),
+}
+"""Means and deviations of the channels, in grey levels, that checkpoints were trained with: those of ImageNet, the range
+-1..1, and what ``regard compare`` trains with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One heat map.
+
+    Attributes:
+        title: what it is of.
+        heat: ``(height, width)`` on the model's input.
+        note: its numbers in a line.
+        query: the place it is about.
+    """
+
+    title: str
+    heat: Tensor
+    note: str
+    query: Place | None = None
+
+    @property
+    def most(self) -> float:
+        return float(self.heat.max())
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Where a model looks.
+
+    Attributes:
+        title: model and weights.
+        photo: what the model saw, ``(3, height, width)``, uint8.
+        answer: the most probable class, where there are classes.
+        panels: the maps, heads averaged.
+        heads: those of each head, by layer.
+    """
+
+    title: str
+    photo: Tensor
+    answer: str
+    panels: list[Panel]
+    heads: dict[str, list[Panel]] = field(default_factory=dict)
+
+    def picture(self, side: int = 224, columns: int = 6) -> np.ndarray:
+        """The photograph and all maps on a sheet: ``(height, width, 3)``, uint8. Each map has the full range of colours."""
+        query = next((panel.query for panel in self.panels if panel.query), None)
+        first = Tile(_coloured(self.photo, side, query), "image", self.answer)
+        tiles = [first, *(self._tile(panel, side) for panel in self.panels)]
+        drawn = sheet(tiles, min(columns, max(2, math.ceil(math.sqrt(len(tiles) * 1.4)))))
+        foot = np.full((52, drawn.shape[1], 3), 255, np.uint8)
+        foot[:34, 10:250] = legend(240, ("0", "most"))
+        return np.concatenate([line(self.title, drawn.shape[1]), drawn, foot])
+
+    def png(self) -> bytes:
+        """:meth:`picture` as a PNG file."""
+        return png(self.picture())
+
+    def html(self) -> str:
+        """A page that holds all its pictures: the sheet, and each layer by head."""
+        parts = [_image(self.png(), f"Attention of {self.title}")]
+        for layer, panels in self.heads.items():
+            tiles = [self._tile(panel, 112) for panel in panels]
+            parts.append(f"<h2>{html.escape(layer)}</h2>" + _image(png(sheet(tiles, 8), palette=128), f"Heads of {layer}"))
+        title = html.escape(self.title)
+        words = "Every map has the full range of colours, up to its own largest weight, which stands below it."
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n"
+            f"<body><h1>{title}</h1><p>{html.escape(self.answer)}. {words}</p>\n" + "\n".join(parts) + "\n</body></html>\n"
+        )
+
+    def _tile(self, panel: Panel, side: int) -> Tile:
+        return Tile(overlay(self.photo, panel.heat, side, panel.query), panel.title, panel.note)
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1440px;margin:2rem auto;padding:0 1rem}"
+    "h1{font-size:1.4rem}h2{font-size:1rem;margin:1.6rem 0 .2rem}img{max-width:100%}p{color:#6b7785;max-width:46rem}"
+)
+
+
+def _image(data: bytes, label: str) -> str:
+    return f'<img alt="{html.escape(label)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _coloured(photo: Tensor, side: int, query: Place | None) -> np.ndarray:
+    """The photograph in its own colours."""
+    drawn = resized(photo, side).round().clamp(0, 255).to(torch.uint8).numpy()
+    return drawn if query is None else marked(drawn, query)
+
+
+def explain(
+    model: nn.Module,
+    photo: Tensor,
+    *,
+    title: str = "",
+    query: Place | None = None,
+    with_rollout: bool = False,
+    with_relevance: bool = False,
+    target: int | None = None,
+    layers: str | Sequence[str] = "*",
+    normalise: str = "imagenet",
+) -> Explanation:
+    """Look at a model while it looks at a photograph.
+
+    Args:
+        model: any that :func:`regard.lens.capture` knows.
+        photo: ``(3, height, width)``, uint8, at the size that the model shall see.
+        title: of the result.
+        query: a place, as fractions of height and width: what it attends to in each layer. Also where rollout and relevance
+            start; without it they start at the class token or from all places alike.
+        with_rollout, with_relevance: whether to follow attention through the layers, see :func:`regard.lens.rollout` and
+            :func:`regard.lens.relevance`.
+        target: the class that relevance speaks for; the most probable by default.
+        layers: whose attention counts, see :func:`regard.lens.capture`.
+        normalise: how the model was trained to see: one of ``NORMALISATIONS``.
+
+    Raises:
+        ValueError: nothing asked for; an unknown normalisation; no attention on the image; more weights than ``WEIGHTS``; see
+            also :func:`regard.lens.rollout`.
+    """
+    if query is None and not (with_rollout or with_relevance):
+        raise ValueError("say what to look for: a query, rollout or relevance")
+    if query is not None and not all(0.0 <= x < 1.0 for x in query):
+        raise ValueError(f"a query must lie inside the image: two fractions in [0, 1); got {query}")
+    images = normalised(photo, normalise)
+    model.eval()
+    panels: list[Panel] = []
+    heads: dict[str, list[Panel]] = {}
+    with torch.no_grad():
+        if query is not None:
+            with capture(model, rows=[query], layers=layers, kinds="attention") as maps:
+                output = model(images)
+            found = on_image(maps)
+            names = layer_names(found)
+            for name, each in zip(names, found, strict=True):
+                by_head = image_map(each, None).map[0, :, 0]
+                at = centre(query, each.grid)
+                weights = torch.cat([w[0, :, 0].flatten(1) for w in each.weights], 1)  # (heads, keys)
+                panels.append(Panel(name, by_head.mean(0), _note(weights.mean(0), each.grid), at))
+                heads[name] = [
+                    Panel(f"head {i}", heat, _note(row, each.grid), at)
+                    for i, (heat, row) in enumerate(zip(by_head, weights, strict=True))
+                ]
+        if with_rollout:
+            with capture(model, layers=layers, kinds="attention", lazy=True) as maps:
+                output = model(images)
+            check_weights(maps)
+            panels.append(_followed("rollout", rollout(maps, start=query), images, query))
+        if query is None and not with_rollout:
+            output = model(images)
+    if with_relevance:
+        maps = backward(model, images, target, layers=layers)
+        check_weights(maps)
+        panels.append(_followed("relevance", relevance_of(maps, query), images, query))
+    return Explanation(title or type(model).__name__, photo, _answer(output), panels, heads)
+
+
+def normalised(photo: Tensor, how: str = "imagenet") -> Tensor:
+    """A photograph ``(3, height, width)``, uint8, as a model sees it: ``(1, 3, height, width)``."""
+    if how not in NORMALISATIONS:
+        raise ValueError(f"normalise must be one of {', '.join(NORMALISATIONS)}; got {how!r}")
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[how])
+    return ((photo.float() - mean) / std)[None]
+
+
+def on_image(maps: Maps | Sequence[Map]) -> list[Map]:
+    """Those attentions that a picture can show.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [m for m in maps if len(m.grid) == 2 and any(at is not None and len(at.grid) == 2 for at in m.places)]
+    if not found:
+        raise ValueError("no attention on the image was recorded: this model has none, or `layers` names none of it")
+    return found
+
+
+def at_place(found: Map, place: Place) -> Map:
+    """A recorded attention, of the query at a place alone."""
+    row = 0
+    for fraction, n in zip(place, found.grid, strict=True):
+        row = row * n + min(n - 1, int(fraction * n))
+    if found._stored is not None:
+        raise ValueError(f"{found.name!r} was not captured with lazy=True")
+    return replace(found, rows=(row,))
+
+
+def centre(place: Place, grid: Sequence[int]) -> Place:
+    """The middle of the cell of a grid that a place lies in."""
+    y, x = ((min(n - 1, int(fraction * n)) + 0.5) / n for fraction, n in zip(place, grid, strict=True))
+    return y, x
+
+
+def check_weights(maps: Sequence[Map]) -> None:
+    """Raise ``ValueError`` where following all attention would take more than ``WEIGHTS`` weights."""
+    total = sum(m.batch * m.heads * len(m.rows) * sum(map(math.prod, m.k_grids)) for m in maps)
+    if total > WEIGHTS:
+        largest = max(maps, key=lambda m: m.heads * len(m.rows))
+        raise ValueError(
+            f"following attention takes {total:.2g} weights, more than {WEIGHTS:.2g}; most in {largest.name!r} with "
+            f"{len(largest.rows)} queries: choose a smaller size, or fewer layers"
+        )
+
+
+def layer_names(maps: Sequence[Map]) -> list[str]:
+    """A name for each: that of its module, numbered where it attends several times."""
+    times = Counter(m.name for m in maps)
+    seen: Counter[str] = Counter()
+    names = []
+    for found in maps:
+        seen[found.name] += 1
+        short = found.name.removesuffix(".op").removesuffix(".mixer") or "attention"
+        names.append(f"{short} #{seen[found.name]}" if times[found.name] > 1 else short)
+    return names
+
+
+def _note(weights: Tensor, grid: Sequence[int]) -> str:
+    return f"{grid[0]}x{grid[1]} tokens, most {number(float(weights.max()))}"
+
+
+def _followed(title: str, shares: Shares, images: Tensor, query: Place | None) -> Panel:
+    heat = shares.on_image((images.shape[-2], images.shape[-1]))[0, 0]
+    return Panel(title, heat, _note(shares.cells[0, 0], shares.grid), query)
+
+
+def _answer(output: object) -> str:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        return "no classes"
+    chances = logits[0].detach().float().softmax(-1)
+    return f"class {int(chances.argmax())} of {len(chances)}, {float(chances.max()):.1%}"
+
+
+def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, int]:
+    """A model from what a user types.
+
+    Args:
+        text: the name of a model (random weights, seed 0); the path of a checkpoint whose file name starts with a model's;
+            or ``name=path``.
+        classes: of the checkpoint, where they are not the published number.
+
+    Returns:
+        The model in evaluation mode, what it is in words, and the side of the images that its weights were made for.
+
+    Raises:
+        ValueError: no such model; a file whose name does not say of which model it is; a checkpoint that does not fit.
+        FileNotFoundError: no such file.
+    """
+    name, found, path = text.partition("=")
+    if not found and Path(text).is_file():
+        fitting = [each for each in list_models() if Path(text).name.startswith(each)]
+        if not fitting:
+            raise ValueError(f"the file name {Path(text).name!r} does not start with the name of a model: give NAME={text}")
+        name, path = max(fitting, key=len), text
+    card = model_card(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(name, pretrained=path or False, num_classes=classes)
+    weights = Path(path).name if path else "random weights"
+    return model.eval(), f"{name}, {weights}", card.input_size
+
+
+def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Place | None]:
+    """The middle square of a photograph, and where a pixel of the photograph lies in it.
+
+    Args:
+        image: a file, or the name of an embedded photograph.
+        side: of the result, in pixels.
+        query: ``y,x``: two pixels of the whole photograph, or two fractions of its height and width.
+
+    Returns:
+        ``(3, side, side)``, uint8, and the query as fractions of it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image; not two numbers; a query outside of the square.
+    """
+    if image in PHOTOGRAPHS and not Path(image).exists():
+        photo = photograph(image)
+    else:
+        photo = decode_image(Path(image), image)
+    height, width = photo.shape[1:]
+    edge = min(height, width)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    cut = photo[None, :, top : top + edge, left : left + edge].float()
+    seen = torch.nn.functional.interpolate(cut, (side, side), mode="bicubic", antialias=True)[0]
+    seen = seen.round().clamp(0, 255).to(torch.uint8)
+    if query is None:
+        return seen, None
+    if not re.fullmatch(r"\s*(\d+\s*,\s*\d+|0?\.\d+\s*,\s*0?\.\d+)\s*", query):
+        raise ValueError(f"query must be y,x: two pixels such as 120,80 or two fractions such as 0.5,0.25; got {query!r}")
+    y, x = (float(n) * (size if "." in n else 1) for n, size in zip(query.split(","), (height, width), strict=True))
+    place = (y - top) / edge, (x - left) / edge
+    if not all(0.0 <= fraction < 1.0 for fraction in place):
+        raise ValueError(
+            f"the query {query} lies outside of what the model sees of the image: rows {top} to {top + edge - 1} of {height}, "
+            f"columns {left} to {left + edge - 1} of {width}"
+        )
+    return seen, place

@@ -1,0 +1,143 @@
+"""What the playground shows, without a browser."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regard import patterns as P
+from regard.app import catalog, uploads
+from regard.app.compare import Choice, Setting, cost, growth, look
+from regard.app.mechanisms import PATTERN, fields_of, mechanisms, read
+from regard.lens.pictures import overlay
+
+SMALL = Setting(grid=14, dim=32, heads=2)
+
+
+def chosen(name: str, **typed: object) -> Choice:
+    return Choice(name, tuple(read(name, typed).items()))
+
+
+def test_pattern_alone_gives_equal_weight_to_exactly_the_visible_keys() -> None:
+    pattern = P.Neighborhood(3, dilation=2) | P.Axis(1)
+    view = look(Setting(grid=14, dim=32, heads=2, weights="pattern"), chosen(PATTERN, pattern=repr(pattern)), (0.0, 0.99))
+    visible = pattern.mask((14, 14), (14, 14))[13].reshape(14, 14)
+    torch.testing.assert_close(view.heat, visible.float() / visible.sum())
+    assert view.keys == int(visible.sum())
+
+
+def test_weights_are_the_softmax_of_the_mixers_own_queries_and_keys() -> None:
+    from regard.app.compare import mixer_of, tokens_of
+
+    choice = chosen("multi_head")
+    view = look(SMALL, choice, (5.5 / 14, 9.5 / 14))
+    mixer, x = mixer_of(choice, 32, 2, 14), tokens_of("chelsea", 14, 32)
+    q, k, _ = mixer.qkv(x.flatten(1, 2))[0].double().split(32, -1)
+    rows = [(q[5 * 14 + 9, 16 * h : 16 * h + 16] @ k[:, 16 * h : 16 * h + 16].T / 4).softmax(-1) for h in range(2)]
+    expected = torch.stack(rows).mean(0).reshape(14, 14).detach()
+    torch.testing.assert_close(view.heat.double(), expected, atol=1e-6, rtol=1e-5)
+    y, x, weight = view.strongest[0]
+    assert (y, x) == divmod(int(expected.argmax()), 14)
+    assert weight == pytest.approx(float(expected.max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in mechanisms() if n not in ("channel_group", "identity", "reversed")])
+def test_every_mechanism_with_places_has_a_picture_and_a_click_uses_what_ran(name) -> None:
+    view = look(SMALL, chosen(name), (0.5, 0.5))
+    assert view.drawn.shape[:2] == (448 + 34, 448)
+    if name == "outlook":  # no softmax over the keys: a token takes from each of the windows that it lies in
+        assert float(view.heat.sum()) == pytest.approx(4.0, abs=1e-4)
+    else:
+        assert float(view.heat.sum()) + view.elsewhere == pytest.approx(1.0, abs=1e-4)
+    assert not torch.equal(look(SMALL, chosen(name), (0.05, 0.05)).heat, view.heat)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "message"),
+    [
+        ("neighborhood", {"kernel_size": "seven"}, "kernel_size must be a whole number, or two such as 3,7; got 'seven'"),
+        ("neighborhood", {"kernel_size": "99999"}, "kernel_size must be at most 256 here; got 99999"),
+        ("window", {"bogus": 1}, "window has no parameter bogus; it has window_size"),
+        (PATTERN, {"pattern": "__import__('os')"}, "cannot read pattern"),
+        ("channel_group", {}, "it has no picture of places"),
+    ],
+)
+def test_bad_parameters_are_one_readable_line(name, typed, message) -> None:
+    with pytest.raises(ValueError, match=r".") as told:
+        look(SMALL, chosen(name, **typed), (0.5, 0.5))
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_predicted_speedup_is_dense_over_visible_pairs() -> None:
+    pattern = P.Window(7)
+    found = cost(SMALL, chosen("window", window_size="7"))
+    assert found.speedup == pytest.approx(14**4 / int(pattern.mask((14, 14), (14, 14)).sum()))
+    assert found.attention_flops == 2 * 2 * (16 + 16) * int(pattern.mask((14, 14), (14, 14)).sum())
+    assert found.milliseconds > 0
+
+
+def test_flops_grow_with_the_tokens_for_windows_and_their_square_for_dense_attention() -> None:
+    window, dense = (dict(growth(SMALL, chosen(name))) for name in ("window", "multi_head"))
+    assert window[56] / window[28] == pytest.approx(4.0, rel=0.01)
+    assert dense[56] / dense[28] > 12.0
+
+
+def test_controls_are_those_of_the_constructor() -> None:
+    kinds = {field.name: field.kind for field in fields_of("neighborhood")}
+    assert kinds["kernel_size"] == "wholes"
+    assert kinds["causal"] == "flag"
+    assert kinds["border"] == "word"
+    assert read("neighborhood", {"kernel_size": "3,7"})["kernel_size"] == (3, 7)
+
+
+def encoded(width: int, height: int, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 40)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_uploads_are_decoded_and_kept_under_their_content() -> None:
+    name = uploads.receive(encoded(60, 40))
+    assert uploads.photo(name).shape == (3, 40, 40)
+    assert uploads.photo(name)[:, 3, 3].tolist() == [200, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x04cos\nsystem\n", "not an image of PNG"),
+        (encoded(60, 40)[:60], "cannot read this image"),
+        (encoded(60, 40, "TIFF"), "not an image of PNG"),
+        (encoded(6000, 6000), "6000 x 6000 pixels, more than 24 million"),
+        (b"0" * (9 << 20), "8 MiB at most"),
+    ],
+)
+def test_uploads_that_are_no_images_or_too_large_are_refused(data, message) -> None:
+    with pytest.raises(ValueError, match="image") as told:
+        uploads.decode(data)
+    assert message in str(told.value)
+
+
+def test_brightest_colour_is_where_the_weight_is() -> None:
+    heat = torch.zeros(4, 4)
+    heat[1, 2] = 0.5
+    drawn = overlay(torch.zeros(3, 40, 40, dtype=torch.uint8), heat, 40)
+    assert (drawn[10:20, 20:30].astype(int).sum(-1) > 500).all()
+    grey = np.delete(drawn.reshape(40, 40, 3), np.s_[10:20], 0)
+    assert (grey == grey[..., :1]).all()
+
+
+def test_catalog_reads_formula_cost_and_source_of_every_system() -> None:
+    for system in catalog.systems():
+        assert system.formula, system.slug
+        assert "Cost:" not in system.formula, system.slug
+        assert len(system.code.splitlines()) == 2
+    (found,) = catalog.search("2103.14030")
+    assert found.slug == "swin"
+    assert 'regard.create_model("swin_tiny' in found.code
+    assert catalog.search("no such system anywhere") == []

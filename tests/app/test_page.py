@@ -1,0 +1,68 @@
+"""The playground in a real browser."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the playground needs regard[app]")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")]
+
+
+def test_visitor_uploads_clicks_changes_mechanisms_and_reads_numbers(tmp_path) -> None:
+    from regard.app import launch
+
+    address = launch(port=None, wait=False)
+    assert address.startswith("http://127.0.0.1:")
+    asked: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(tmp_path), executable_path=str(CHROMIUM), headless=True, args=ARGUMENTS, viewport={"width": 1280, "height": 900}
+        )
+        context.set_default_timeout(90_000)
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.pages[0]
+        page.goto(address, wait_until="domcontentloaded")
+
+        def facts(side: str, words: str) -> None:
+            sync_api.expect(page.locator(f"#facts-{side}")).to_contain_text(words, timeout=90_000)
+
+        facts("a", "49keys")  # neighborhood(7)
+        facts("b", "256keys")  # four of 7 x 7 regions of 8 x 8 tokens
+
+        box = page.locator("#map-a img").bounding_box()
+        assert box is not None
+        scale = min(box["width"] / 448, box["height"] / 482)  # the picture is fitted into its frame
+        left = (box["width"] - 448 * scale) / 2
+        page.locator("#map-a img").click(position={"x": left + 2 * scale, "y": 2 * scale})
+        sync_api.expect(page.locator("#facts-a")).to_contain_text("row 0", timeout=90_000)
+
+        control = page.locator("#a-kernel_size input, #a-kernel_size textarea").first
+        control.fill("3")
+        control.press("Enter")
+        facts("a", "9keys")
+        control.fill("0")
+        control.press("Enter")
+        sync_api.expect(page.locator("#wrong-a .wrong")).to_contain_text("kernel_size must be at least 1", timeout=90_000)
+
+        page.locator("#mechanism-b input").click()
+        page.get_by_role("option", name="multi_head").click()
+        facts("b", "3,136keys")
+
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), (10, 90, 200)).save(buffer, "PNG")
+        page.locator("#send input[type=file], input[type=file]").first.set_input_files(
+            {"name": "blue.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+        )
+        facts("b", "11.61 bit")  # of a picture of one colour: all 3136 keys alike
+        context.close()
+    assert [url for url in asked if url.startswith("http") and not url.startswith(address)] == []
