@@ -7,6 +7,7 @@
     print(cost)
 
 Pairs are those the pattern shows, whatever a backend computes beside them; zero keys outside the grid are not counted.
+Linear attention compares no pairs: its FLOPs are those of the two products with the sum over keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..ops.call import Call, Source
-from ..ops.observe import OBSERVERS, Record
+from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing
 from ..ops.patterns import as_pattern, tensors_of
 from ..ops.trail import Trail
 
@@ -71,6 +72,13 @@ class LayerCost:
         for source in record.sources:
             if (shown := repr(as_pattern(source.pattern))) not in self.patterns:
                 self.patterns.append(shown)
+
+    def add_weighing(self, weighing: Weighing) -> None:
+        self.calls += 1
+        self.flops += weighing.flops
+        self.bytes += weighing.bytes
+        if weighing.kind not in self.patterns:
+            self.patterns.append(weighing.kind)
 
 
 def _traffic(record: Record) -> int:
@@ -148,8 +156,15 @@ def count() -> Iterator[Cost]:
                 path = trail.path()
                 cost.layers.setdefault("attend" if path is None else path, LayerCost()).add(record)
 
+        def watch(weighing: Weighing) -> None:
+            if weighing.flops and not trail.recomputing:
+                path = trail.path()
+                cost.layers.setdefault("attend" if path is None else path, LayerCost()).add_weighing(weighing)
+
         OBSERVERS.append(observe)
+        WATCHERS.append(watch)
         try:
             yield cost
         finally:
             OBSERVERS.remove(observe)
+            WATCHERS.remove(watch)

@@ -1,0 +1,65 @@
+"""What a model computes and holds: floating-point operations, and the memory of its tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from .cost import count
+
+OUTSIDE_ATTENTION = (
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+    torch.ops.aten.convolution,
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None),  # see regard.ops.affine
+)
+"""Operators counted besides attention: projections, MLPs, convolutions, routing scores."""
+
+
+def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Floating-point operations of one forward pass for each image, a multiply-add as two.
+
+    Returns:
+        ``flops`` of everything and ``attention_flops``, those of the pairs that the patterns show (what a backend computes
+        beside them is not counted).
+    """
+    with torch.no_grad(), count() as attention, FlopCounterMode(display=False) as counter:
+        model(images)
+    counted = counter.get_flop_counts().get("Global", {})
+    outside = sum(n for operator, n in counted.items() if operator in OUTSIDE_ATTENTION)
+    return {
+        "flops": (outside + attention.flops) / images.shape[0],
+        "attention_flops": attention.flops / images.shape[0],
+    }
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that were allocated at once by tensors while ``work`` ran, beyond those that existed before.
+
+    On CUDA the allocator's own peak; on a CPU every allocation and release that the profiler sees, added up in order.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints that it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
