@@ -60,12 +60,16 @@ class Contest:
     training: bool = False
 
 
+REST = 0.02
+"""Seconds before each run on several threads: those of the run before it wait for more work, spinning, for a while."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: rounds, and the seconds of each variant after which it sits the later rounds out."""
 
-    repeats: int = 15
-    seconds: float = 20.0
+    repeats: int = 11
+    seconds: float = 5.0
 
 
 def measure(contest: Contest, effort: Effort) -> dict[str, Any]:
@@ -118,6 +122,8 @@ def interleave(
         for name, run in variants.items():
             if len(times[name]) >= least and sum(times[name]) > seconds:
                 continue
+            if torch.get_num_threads() > 1:
+                time.sleep(REST)
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

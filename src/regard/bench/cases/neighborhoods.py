@@ -20,7 +20,7 @@ from torch import Tensor
 from ...ops import attend
 from ...ops import patterns as P
 from ..harness import Contest, Run, Variant
-from .scope import Case, Scope, against_definition, gradients_against_definition, random, sdpa, with_gradients
+from .scope import Case, Scope, against_definition, compiled_flex, gradients_against_definition, random, sdpa, with_gradients
 
 HEADS, DIM = 4, 32
 FLEX_TILE = 8
@@ -125,7 +125,7 @@ def _together(t: Tensor, dilation: int) -> Tensor:
 
 
 def _flex(side: int, kernel: int, block: int, tiled: bool) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     across = side // FLEX_TILE
 
@@ -144,7 +144,7 @@ def _flex(side: int, kernel: int, block: int, tiled: bool) -> Attention:
         return (row >= top) & (row < top + kernel) & (column >= left) & (column < left + kernel)
 
     mask = create_block_mask(visible, None, None, side * side, side * side, device="cpu", BLOCK_SIZE=block)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compiled_flex()
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
 

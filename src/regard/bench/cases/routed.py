@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ops import attend, route
 from ...ops import patterns as P
 from ..harness import Contest, Run, Variant
-from .scope import Case, Scope, against_definition, gradients_against_definition, random, sdpa, with_gradients
+from .scope import Case, Scope, against_definition, compiled_flex, gradients_against_definition, random, sdpa, with_gradients
 
 HEADS, DIM = 4, 64
 
@@ -56,7 +56,7 @@ def _contest(scope: Scope, tokens: int, block: int, listed: int, backward: bool)
 
 
 def _flex(pattern: P.Blocks, tokens: int, block: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     blocks = tokens // block
     listed = torch.zeros(blocks, blocks, dtype=torch.bool).scatter_(1, pattern.table.reshape(blocks, -1), True)
@@ -65,5 +65,5 @@ def _flex(pattern: P.Blocks, tokens: int, block: int) -> Callable[[Tensor, Tenso
         return listed[query // block, key // block]
 
     mask = create_block_mask(visible, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=block)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compiled_flex()
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)

@@ -99,3 +99,13 @@ def gradients_against_definition(
         return worst_error([out[:1], *(shape(gradient[:1]) for gradient in gradients)], truth)
 
     return of
+
+
+def compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled. Every case compiles it anew; beyond torch's limit it would run uncompiled without a word."""
+    from torch._dynamo import config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config.recompile_limit = max(config.recompile_limit, 256)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 1024)
+    return torch.compile(flex_attention, dynamic=False)
