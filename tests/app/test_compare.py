@@ -63,7 +63,9 @@ def test_every_mechanism_with_places_has_a_picture_and_a_click_uses_what_ran(nam
         ("neighborhood", {"kernel_size": "99999"}, "kernel_size must be at most 256 here; got 99999"),
         ("window", {"bogus": 1}, "window has no parameter bogus; it has window_size"),
         (PATTERN, {"pattern": "__import__('os')"}, "cannot read pattern"),
-        ("channel_group", {}, "it has no picture of places"),
+        ("channel_group", {}, "channel_group works on channels: it has no picture of places"),
+        ("identity", {}, "identity attends to nothing: it has no picture of places"),
+        ("reversed", {}, "reversed takes its 196 tokens as a line: it has no picture of places"),
     ],
 )
 def test_bad_parameters_are_one_readable_line(name, typed, message) -> None:

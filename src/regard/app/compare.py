@@ -113,12 +113,16 @@ def _recorded(name: str, grid: int, dim: int, heads: int, choice: Choice) -> tup
             mixer(tokens_of(name, grid, dim))
         except (TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"{choice.name} does not run like this: {str(error).splitlines()[0]}") from error
-    placed = [m for m in maps if any(where is not None for where in m.places)]
+    placed = [m for m in maps if len(m.grid) == 2 and any(where is not None and len(where.grid) == 2 for where in m.places)]
     found = [m for m in placed if m.kind == "attention"] or placed
     if not found:
-        what = f"works on {maps[0].kind}s" if len(maps) else "attends to nothing"
+        what = _unplaced(maps[0]) if len(maps) else "attends to nothing"
         raise ValueError(f"{choice.name} {what}: it has no picture of places")
     return tuple(found)
+
+
+def _unplaced(found: Map) -> str:
+    return f"takes its {found.grid[0]} tokens as a line" if found.kind == "transposed" else f"works on {found.kind}s"
 
 
 def look(setting: Setting, choice: Choice, place: Place) -> View:

@@ -203,6 +203,7 @@ def _controls(side: str, start: str) -> dict[str, Any]:
             for field in fields:
                 common: dict[str, Any] = {
                     "label": field.name.replace("_", " "), "elem_id": f"{side}-{field.name}", "min_width": 92,
+                    "interactive": True,  # gradio does not see by itself that rendered controls are inputs
                 }  # fmt: skip
                 if field.kind == "flag":
                     made.append(gr.Checkbox(bool(field.shown), **common))

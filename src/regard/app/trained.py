@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..lens.capture import Map, Maps, capture
-from ..lens.explain import at_place, centre, check_weights, layer_names, normalised, on_image, open_model
+from ..lens.explain import at_place, centre, check_weights, followed_note, layer_names, normalised, on_image, open_model
 from ..lens.maps import image_map
 from ..lens.pictures import Place, Tile, number, overlay, sheet
 from ..lens.rollout import rollout
@@ -55,7 +55,7 @@ def layers(name: str, path: str, picture: str, normalise: str = "imagenet") -> l
 
 
 def show(name: str, path: str, picture: str, what: str, place: Place, normalise: str = "imagenet") -> np.ndarray:
-    """A sheet of maps: ``(height, width, 3)``, uint8; each has the full range of colours, its largest weight stands below.
+    """A sheet of maps: ``(height, width, 3)``, uint8; each has the full range of colours.
 
     Args:
         name, path: see :func:`opened`.
@@ -75,7 +75,7 @@ def show(name: str, path: str, picture: str, what: str, place: Place, normalise:
         with torch.no_grad():
             shares = rollout(maps, start=place)
         heat = shares.on_image()[0, 0]
-        return sheet([_tile(picture, heat, 512, place, "rollout", float(shares.cells.max()))], 1)
+        return sheet([Tile(overlay(photo(picture), heat, 512, place, float(heat.min())), ROLLOUT, followed_note(shares))], 1)
     if what == ALL:
         tiles = [_mean(picture, each, label, place) for label, each in zip(names, found, strict=True)]
         return sheet(tiles, 6 if len(tiles) > 8 else 4)

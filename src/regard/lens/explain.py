@@ -54,16 +54,14 @@ class Panel:
         heat: ``(height, width)`` on the model's input.
         note: its numbers in a line.
         query: the place it is about.
+        least: what is not coloured.
     """
 
     title: str
     heat: Tensor
     note: str
     query: Place | None = None
-
-    @property
-    def most(self) -> float:
-        return float(self.heat.max())
+    least: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +83,14 @@ class Explanation:
     heads: dict[str, list[Panel]] = field(default_factory=dict)
 
     def picture(self, side: int = 224, columns: int = 6) -> np.ndarray:
-        """The photograph and all maps on a sheet: ``(height, width, 3)``, uint8. Each map has the full range of colours."""
+        """The photograph and all maps on a sheet: ``(height, width, 3)``, uint8, each map with the full range of colours."""
         query = next((panel.query for panel in self.panels if panel.query), None)
         first = Tile(_coloured(self.photo, side, query), "image", self.answer)
         tiles = [first, *(self._tile(panel, side) for panel in self.panels)]
         drawn = sheet(tiles, min(columns, max(2, math.ceil(math.sqrt(len(tiles) * 1.4)))))
         foot = np.full((52, drawn.shape[1], 3), 255, np.uint8)
-        foot[:34, 10:250] = legend(240, ("0", "most"))
+        width = min(240, drawn.shape[1] - 20)
+        foot[:34, 10 : 10 + width] = legend(width, ("least", "most"))
         return np.concatenate([line(self.title, drawn.shape[1]), drawn, foot])
 
     def png(self) -> bytes:
@@ -105,7 +104,7 @@ class Explanation:
             tiles = [self._tile(panel, 112) for panel in panels]
             parts.append(f"<h2>{html.escape(layer)}</h2>" + _image(png(sheet(tiles, 8), palette=128), f"Heads of {layer}"))
         title = html.escape(self.title)
-        words = "Every map has the full range of colours, up to its own largest weight, which stands below it."
+        words = "Every map has the full range of colours: those of a query from 0, rollout and relevance from their least."
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n"
@@ -113,7 +112,7 @@ class Explanation:
         )
 
     def _tile(self, panel: Panel, side: int) -> Tile:
-        return Tile(overlay(self.photo, panel.heat, side, panel.query), panel.title, panel.note)
+        return Tile(overlay(self.photo, panel.heat, side, panel.query, panel.least), panel.title, panel.note)
 
 
 _STYLE = (
@@ -159,11 +158,13 @@ def explain(
         normalise: how the model was trained to see: one of ``NORMALISATIONS``.
 
     Raises:
-        ValueError: nothing asked for; an unknown normalisation; no attention on the image; more weights than ``WEIGHTS``; see
-            also :func:`regard.lens.rollout`.
+        ValueError: nothing asked for; a target without relevance; an unknown normalisation; no attention on the image; more
+            weights than ``WEIGHTS``; see also :func:`regard.lens.rollout`.
     """
     if query is None and not (with_rollout or with_relevance):
         raise ValueError("say what to look for: a query, rollout or relevance")
+    if target is not None and not with_relevance:
+        raise ValueError(f"a target is what relevance speaks for: ask for relevance with it; got {target} alone")
     if query is not None and not all(0.0 <= x < 1.0 for x in query):
         raise ValueError(f"a query must lie inside the image: two fractions in [0, 1); got {query}")
     images = normalised(photo, normalise)
@@ -236,7 +237,9 @@ def centre(place: Place, grid: Sequence[int]) -> Place:
 
 
 def check_weights(maps: Sequence[Map]) -> None:
-    """Raise ``ValueError`` where following all attention would take more than ``WEIGHTS`` weights."""
+    """Raise ``ValueError`` where there is no attention to follow, or following it would take more than ``WEIGHTS`` weights."""
+    if not maps:
+        raise ValueError("no attention was recorded: this model has none, or `layers` names none of it")
     total = sum(m.batch * m.heads * len(m.rows) * sum(map(math.prod, m.k_grids)) for m in maps)
     if total > WEIGHTS:
         largest = max(maps, key=lambda m: m.heads * len(m.rows))
@@ -264,7 +267,13 @@ def _note(weights: Tensor, grid: Sequence[int]) -> str:
 
 def _followed(title: str, shares: Shares, images: Tensor, query: Place | None) -> Panel:
     heat = shares.on_image((images.shape[-2], images.shape[-1]))[0, 0]
-    return Panel(title, heat, _note(shares.cells[0, 0], shares.grid), query)
+    return Panel(title, heat, followed_note(shares), query, float(heat.min()))  # all cells have nearly the same in common
+
+
+def followed_note(shares: Shares) -> str:
+    """The numbers of rollout or relevance in a line."""
+    cells, (rows, columns) = shares.cells[0, 0], shares.grid
+    return f"{rows}x{columns} tokens, {number(float(cells.min()))} to {number(float(cells.max()))}"
 
 
 def _answer(output: object) -> str:

@@ -32,15 +32,15 @@ def colours(heat: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(heat, at, channel) for channel in zip(*INFERNO, strict=True)], -1)
 
 
-def overlay(photo: Tensor, heat: Tensor, side: int, query: Place | None = None, most: float | None = None) -> np.ndarray:
+def overlay(photo: Tensor, heat: Tensor, side: int, query: Place | None = None, least: float = 0.0) -> np.ndarray:
     """A heat map over a pale grey photograph.
 
     Args:
         photo: ``(3, height, width)``, uint8.
-        heat: ``(rows, columns)`` over the same field of view; what is 0 stays uncoloured.
+        heat: ``(rows, columns)`` over the same field of view; its largest value has the brightest colour.
         side: of the result's longer side, in pixels.
         query: where to draw the mark.
-        most: the value of the brightest colour; the largest of the map by default.
+        least: what stays uncoloured, with all that is less.
 
     Returns:
         ``(height, width, 3)``, uint8.
@@ -48,8 +48,8 @@ def overlay(photo: Tensor, heat: Tensor, side: int, query: Place | None = None, 
     small = resized(photo, side)
     size = small.shape[:2]
     backdrop = np.repeat(small.mean(-1, keepdim=True).numpy(), 3, -1) * 0.65 + 76.0
-    values = heat.detach().float().cpu().numpy()
-    values = (values / max(float(values.max()) if most is None else most, 1e-30)).clip(0.0, 1.0)
+    values = heat.detach().float().cpu().numpy() - least
+    values = (values / max(float(values.max()), 1e-30)).clip(0.0, 1.0)
     rows, columns = (np.arange(n) * m // n for n, m in zip(size, values.shape, strict=True))
     values = values[rows][:, columns]
     opacity = np.where(values > 0.0, 0.3 + 0.62 * values, 0.0)[..., None]

@@ -1,0 +1,138 @@
+"""What the playground shows of a trained model, and weights from files, without a browser."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from regard import create_model
+from regard.app import trained
+from regard.app.compare import Choice, Setting, look
+from regard.app.mechanisms import build, load, read
+from regard.app.uploads import photo
+from regard.lens import capture, image_map, rollout
+from regard.lens.explain import normalised
+from regard.models import save_checkpoint
+
+VIT = "vit_tiny_patch16_224"
+PLACE = (0.3, 0.7)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str]:
+    torch.manual_seed(7)
+    model = create_model(VIT).eval()
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_checkpoint(model, path)
+    return model, str(path)
+
+
+@pytest.fixture(scope="module")
+def maps(checkpoint):
+    pixels = torch.nn.functional.interpolate(photo("chelsea")[None].float(), (224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad(), capture(checkpoint[0], kinds="attention", lazy=True) as maps:
+        checkpoint[0](normalised(pixels[0], "half"))
+    return [found for found in maps if len(found.grid) == 2]
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The heat maps that are drawn, with their tiles' titles."""
+    seen = []
+    original = trained.overlay
+
+    def overlay(picture, heat, *arguments):
+        seen.append(heat)
+        return original(picture, heat, *arguments)
+
+    monkeypatch.setattr(trained, "overlay", overlay)
+    return seen
+
+
+def row() -> int:
+    return int(PLACE[0] * 14) * 14 + int(PLACE[1] * 14)
+
+
+def test_heads_of_a_layer_are_those_of_the_checkpoint(checkpoint, maps, drawn) -> None:
+    names = trained.layers(VIT, checkpoint[1], "chelsea", "half")
+    assert names[:2] == [trained.ALL, trained.ROLLOUT]
+    assert len(names) == 2 + len(maps) == 14
+    trained.show(VIT, checkpoint[1], "chelsea", names[2 + 4], PLACE, "half")
+    torch.testing.assert_close(torch.stack(drawn), image_map(maps[4], None).map[0, :, row()])
+
+
+def test_all_layers_are_means_over_heads_in_order(checkpoint, maps, drawn) -> None:
+    trained.show(VIT, checkpoint[1], "chelsea", trained.ALL, PLACE, "half")
+    torch.testing.assert_close(torch.stack(drawn), torch.stack([image_map(found).map[0, row()] for found in maps]))
+
+
+def test_rollout_is_that_of_the_lens_from_the_place(checkpoint, drawn) -> None:
+    pixels = torch.nn.functional.interpolate(photo("chelsea")[None].float(), (224, 224), mode="bilinear", antialias=True)
+    trained.show(VIT, checkpoint[1], "chelsea", trained.ROLLOUT, PLACE, "half")
+    with torch.no_grad(), capture(checkpoint[0], lazy=True) as every:
+        checkpoint[0](normalised(pixels[0], "half"))
+    with torch.no_grad():
+        torch.testing.assert_close(drawn[0], rollout(every, start=PLACE).on_image()[0, 0])
+
+
+def test_without_a_checkpoint_the_weights_are_others(checkpoint, drawn) -> None:
+    for path in ("", checkpoint[1]):
+        trained.show(VIT, path, "chelsea", trained.ALL, PLACE, "half")
+    assert not torch.allclose(drawn[0], drawn[12], rtol=1e-2)
+
+
+def test_unknown_layer_names_those_there_are(checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"there is no layer 'blocks.99'; there are "):
+        trained.show(VIT, checkpoint[1], "chelsea", "blocks.99", PLACE, "half")
+
+
+def test_bad_checkpoints_are_one_readable_line(tmp_path) -> None:
+    pickled, disguised = tmp_path / "model.pt", tmp_path / "model.safetensors"
+    for path in (pickled, disguised):
+        path.write_bytes(pickle.dumps({"weight": [1.0]}))
+    cases = [
+        (str(pickled), ValueError, "checkpoints are read from .safetensors files; got"),
+        (str(disguised), ValueError, "cannot read"),
+        (str(tmp_path / "none.safetensors"), FileNotFoundError, "no file"),
+    ]
+    for path, kind, message in cases:
+        with pytest.raises(kind, match=message) as told:
+            trained.layers(VIT, path, "chelsea")
+        assert "\n" not in str(told.value)
+
+
+def test_part_of_a_model_gives_a_mixer_its_weights(tmp_path) -> None:
+    torch.manual_seed(1)
+    donor = torch.nn.ModuleDict({f"{name}": build("multi_head", read("multi_head", {}), 32, 2, 14, seed) for name, seed in
+                                 (("first", 5), ("second", 6))})  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    save_file(donor.state_dict(), path)
+    mixer = build("multi_head", read("multi_head", {}), 32, 2, 14)
+    assert load(mixer, f"{path}#second") == "second"
+    assert all(torch.equal(value, donor["second"].state_dict()[key]) for key, value in mixer.state_dict().items())
+    assert load(mixer, str(path)) == "first"
+    assert torch.equal(mixer.qkv.weight, donor["first"].qkv.weight)
+
+    setting, values = Setting(grid=14, dim=32, heads=2), tuple(read("multi_head", {}).items())
+    heats = [look(setting, Choice("multi_head", values, file), PLACE).heat for file in ("", f"{path}#first", f"{path}#second")]
+    assert all(not torch.allclose(heats[i], heats[j], rtol=1e-2) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path) -> None:
+    path, pickled = tmp_path / "model.safetensors", tmp_path / "model.pt"
+    donor = build("multi_head", read("multi_head", {}), 64, 2, 14)
+    save_file({f"a.{key}": value for key, value in donor.state_dict().items()}, path)
+    pickled.write_bytes(pickle.dumps({}))
+    mixer = build("multi_head", read("multi_head", {}), 32, 2, 14)
+    for place, kind, message in (
+        (str(path), ValueError, "no part of model.safetensors fits; qkv.weight 96x32"),
+        (f"{path}#nowhere", ValueError, "no part of model.safetensors fits"),
+        (str(pickled), ValueError, "weights are read from .safetensors files"),
+        (str(tmp_path / "none.safetensors"), FileNotFoundError, "no file"),
+    ):
+        with pytest.raises(kind, match=message) as told:
+            load(mixer, place)
+        assert "\n" not in str(told.value)

@@ -1,0 +1,165 @@
+"""Explanations: what is drawn is what the lens computes, in files that need no others."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regard import create_model
+from regard.cli import main
+from regard.data.embedded import photograph
+from regard.lens import capture, image_map, relevance, rollout
+from regard.lens.explain import Explanation, Panel, explain, normalised, open_model, square
+from regard.models import save_checkpoint
+
+VIT = "vit_tiny_patch16_224"
+QUERY = (0.3, 0.7)
+
+
+@pytest.fixture(scope="module")
+def photo() -> torch.Tensor:
+    return square("chelsea", 64)[0]
+
+
+@pytest.fixture(scope="module")
+def swin() -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = create_model("swin_tiny_patch4_window7_224", dim=16, depths=(2, 1), head_dim=8, window_size=4, num_classes=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str]:
+    torch.manual_seed(7)
+    model = create_model(VIT).eval()
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_checkpoint(model, path)
+    return model, str(path)
+
+
+def called(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["explain", *arguments])
+    return int(left.value.code or 0)
+
+
+def test_maps_of_a_query_are_those_of_its_token_in_every_layer_and_head(swin, photo) -> None:
+    made = explain(swin, photo, query=QUERY)
+    with torch.no_grad(), capture(swin) as maps:
+        swin(normalised(photo))
+    assert [panel.title for panel in made.panels] == ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0"]
+    for panel, found in zip(made.panels, maps, strict=True):
+        rows, columns = found.grid
+        token = int(QUERY[0] * rows) * columns + int(QUERY[1] * columns)
+        by_head = image_map(found, None).map[0, :, token]
+        torch.testing.assert_close(panel.heat, by_head.mean(0))
+        torch.testing.assert_close(torch.stack([each.heat for each in made.heads[panel.title]]), by_head)
+        assert panel.query == ((token // columns + 0.5) / rows, (token % columns + 0.5) / columns)
+
+
+@pytest.mark.parametrize("start", [None, QUERY])
+def test_rollout_and_relevance_drawn_are_those_of_the_lens(swin, photo, start) -> None:
+    made = explain(swin, photo, query=start, with_rollout=True, with_relevance=True, target=2)
+    images = normalised(photo)
+    with torch.no_grad(), capture(swin, lazy=True) as maps:
+        swin(images)
+    with torch.no_grad():
+        rolled = rollout(maps, start=start).on_image()[0, 0]
+    heats = {panel.title: panel.heat for panel in made.panels}
+    torch.testing.assert_close(heats["rollout"], rolled)
+    torch.testing.assert_close(heats["relevance"], relevance(swin, images, 2, start).on_image()[0, 0])
+    assert not torch.allclose(heats["relevance"], relevance(swin, images, 0, start).on_image()[0, 0], rtol=1e-3)
+
+
+def test_sheet_is_bright_where_the_weight_is_and_grey_where_none_is() -> None:
+    heat = torch.zeros(4, 4)
+    heat[1, 2] = 1.0
+    drawn = Explanation("t", torch.zeros(3, 8, 8, dtype=torch.uint8), "a", [Panel("p", heat, "n")]).picture(side=80)
+    coloured = (drawn.max(-1).astype(int) - drawn.min(-1) > 60)[: drawn.shape[0] - 52]
+    rows, columns = np.nonzero(coloured)
+    left, top = 2 * 10 + 80, 32 + 10 + 18  # of the second tile, below the title of the sheet and its own
+    assert (rows.min() - top, rows.max() - top) == (20, 39)
+    assert (columns.min() - left, columns.max() - left) == (40, 59)
+
+
+def test_colours_of_rollout_begin_at_its_least_cell(swin, photo) -> None:
+    (panel,) = explain(swin, photo, with_rollout=True).panels
+    assert panel.least == float(panel.heat.min()) > 0.0
+
+
+def test_command_writes_a_picture_and_a_page_that_needs_nothing_else(tmp_path, capsys, checkpoint) -> None:
+    out = tmp_path / "seen"
+    options = ("--query", "150,225", "--rollout", "--layers", "*blocks.[01].*", "--out", str(out))
+    assert called("chelsea", "--model", f"{VIT}={checkpoint[1]}", *options) == 0
+    assert capsys.readouterr().out.split() == [f"{out}.png", f"{out}.html"]
+    picture = np.asarray(Image.open(f"{out}.png"))
+    photo, place = square("chelsea", 224, "150,225")
+    asked = {"query": place, "with_rollout": True, "layers": "*blocks.[01].*"}
+    expected = explain(checkpoint[0], photo, title=f"{VIT}, mine.safetensors", **asked)
+    assert np.array_equal(picture, expected.picture())
+    random, _, _ = open_model(VIT)
+    assert not np.array_equal(picture, explain(random, photo, title=expected.title, **asked).picture())
+    page = (tmp_path / "seen.html").read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert len(sources) == 1 + 2  # the sheet, and each layer by head
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|@import|url\(|<script", page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chelsea", "--model", "vit_tinny", "--rollout"), "vit_tinny"),
+        (("no-such.png", "--model", VIT, "--rollout"), "no image file no-such.png"),
+        (("{junk}", "--model", VIT, "--rollout"), "cannot read the image"),
+        (("chelsea", "--model", VIT, "--query", "0.5,0.01"), "lies outside of what the model sees"),
+        (("chelsea", "--model", VIT, "--query", "9,9,9"), "query must be y,x"),
+        (("chelsea", "--model", VIT), "say what to look for"),
+        (("chelsea", "--model", VIT, "--rollout", "--target", "3"), "ask for relevance with it; got 3 alone"),
+        (("chelsea", "--model", VIT, "--relevance", "--target", "1000"), "target must be classes 0 to 999; got 1000"),
+        (("chelsea", "--model", f"{VIT}=absent.safetensors", "--rollout"), "absent.safetensors"),
+        (("chelsea", "--model", f"{VIT}={{junk}}", "--rollout"), "cannot read"),
+        (("chelsea", "--model", "{junk}", "--rollout"), "does not start with the name of a model"),
+        (("chelsea", "--model", VIT, "--rollout", "--normalise", "none"), "normalise must be one of"),
+        (("chelsea", "--model", VIT, "--rollout", "--layers", "nowhere*"), "`layers` names none of it"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line(tmp_path, capsys, arguments, message) -> None:
+    junk = tmp_path / "junk.png"
+    junk.write_bytes(b"\x80\x02cos\nsystem\n.")
+    assert called(*(each.format(junk=junk) for each in arguments), "--out", str(tmp_path / "seen")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "seen.png").exists()
+
+
+def test_query_of_the_photograph_is_found_in_its_middle_square() -> None:
+    whole = photograph("chelsea")
+    height, width = whole.shape[1:]
+    left = (width - height) // 2
+    _, place = square("chelsea", 32, f"{height // 4},{left + height // 2}")
+    assert place == pytest.approx((height // 4 / height, height // 2 / height))
+    assert square("chelsea", 32, "0.25,0.5")[1] == pytest.approx((0.25, (0.5 * width - left) / height))
+
+
+def test_name_of_a_checkpoint_says_its_model(tmp_path, checkpoint) -> None:
+    path = tmp_path / f"{VIT}.mine.safetensors"
+    save_checkpoint(checkpoint[0], path)
+    model, words, side = open_model(str(path))
+    assert (words, side) == (f"{VIT}, {path.name}", 224)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), checkpoint[0].parameters(), strict=True))
+
+
+def test_pictures_are_whole_png_files(swin, photo) -> None:
+    made = explain(swin, photo, query=QUERY)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(made.png()))), made.picture())
