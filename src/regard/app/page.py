@@ -76,8 +76,9 @@ def costs(entries: list[tuple[str, compare.Cost]]) -> str:
     return f'<table class="costs"><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(rows)}</table>'
 
 
-def choice_of(name: str, typed: dict[str, object], file: str) -> Choice:
-    """A mechanism from what was typed; raises ``ValueError`` where that does not fit."""
+def choice_of(chosen: tuple[str, dict[str, object]], file: str) -> Choice:
+    """A mechanism from its name and what was typed; raises ``ValueError`` where that does not fit."""
+    name, typed = chosen
     return Choice(name, tuple(read(name, typed).items()), file or "")
 
 
@@ -155,9 +156,9 @@ def _compare_tab(page: gr.Blocks) -> None:
     def setting(photo, grid, dim, heads, weights, head) -> Setting:
         return Setting(photo, int(grid), int(dim), int(heads), weights, None if head == MEAN else int(head))
 
-    def draw(photo, grid, dim, heads, weights, head, place, name, typed, file):
+    def draw(photo, grid, dim, heads, weights, head, place, chosen, file):
         try:
-            choice: Choice | Exception = choice_of(name, typed, file)
+            choice: Choice | Exception = choice_of(chosen, file)
         except ValueError as error:
             choice = error
         return shown(setting(photo, grid, dim, heads, weights, head), choice, place)
@@ -165,7 +166,7 @@ def _compare_tab(page: gr.Blocks) -> None:
     def count(photo, grid, dim, heads, weights, head, place, *panes):
         common = setting(photo, grid, dim, heads, "random", MEAN)
         try:
-            choices = [choice_of(*panes[i : i + 3]) for i in (0, 3)]
+            choices = [choice_of(*panes[i : i + 2]) for i in (0, 2)]
             dense = Choice("multi_head", tuple(read("multi_head", {}).items()))
             named = [(f"{side} {choice.name}", choice) for side, choice in zip("AB", choices, strict=True)] + [("dense", dense)]
             entries = [(name, compare.cost(common, choice)) for name, choice in named]
@@ -175,13 +176,13 @@ def _compare_tab(page: gr.Blocks) -> None:
         return costs(entries), gr.Image(compare.growth_figure(curves), visible=True)
 
     for pane in panes:
-        inputs = [*shared, pane["name"], pane["typed"], pane["file"]]
+        inputs = [*shared, pane["chosen"], pane["file"]]
         outputs = [pane["image"], pane["facts"], pane["wrong"]]
-        changes = [each.change for each in (photo, grid, dim, heads, weights, head, place, pane["typed"])]
+        changes = [each.change for each in (photo, grid, dim, heads, weights, head, place, pane["chosen"])]
         gr.on([*changes, pane["file"].submit, page.load], draw, inputs, outputs, show_progress="hidden")
         pane["image"].select(_clicked, None, place, show_progress="hidden")
     send.upload(_receive, send, [photo, trouble])
-    all_panes = [pane[key] for pane in panes for key in ("name", "typed", "file")]
+    all_panes = [pane[key] for pane in panes for key in ("chosen", "file")]
     measure.click(count, [*shared, *all_panes], [table, figure])
 
 
@@ -193,7 +194,7 @@ def _clicked(event: gr.SelectData) -> Any:
 def _controls(side: str, start: str) -> dict[str, Any]:
     """The choice of a mechanism and controls of its parameters, generated from its constructor."""
     name = gr.Dropdown(mechanisms(), value=start, label=f"Mechanism {side.upper()}", elem_id=f"mechanism-{side}")
-    typed = gr.State({})
+    chosen = gr.State((start, {}))  # in one, so that it changes with the name even where no parameter does
     with gr.Row(elem_id=f"controls-{side}"):
 
         @gr.render(inputs=name)
@@ -215,17 +216,17 @@ def _controls(side: str, start: str) -> dict[str, Any]:
             if not made:
                 gr.HTML("no parameters")
 
-            def collect(*values: object) -> dict[str, object]:
-                return dict(zip([field.name for field in fields], values, strict=True))
+            def collect(*values: object) -> tuple[str, dict[str, object]]:
+                return name, dict(zip([field.name for field in fields], values, strict=True))
 
             for control in made:
                 change = control.submit if isinstance(control, gr.Textbox) else control.change
-                change(collect, made, typed, show_progress="hidden")
+                change(collect, made, chosen, show_progress="hidden")
                 if isinstance(control, gr.Textbox):
-                    control.blur(collect, made, typed, show_progress="hidden")
+                    control.blur(collect, made, chosen, show_progress="hidden")
 
-    name.change(lambda name: {field.name: field.shown for field in fields_of(name)}, name, typed, show_progress="hidden")
-    return {"name": name, "typed": typed}
+    name.change(lambda name: (name, {}), name, chosen, show_progress="hidden")
+    return {"chosen": chosen}
 
 
 def _map(side: str) -> dict[str, Any]:
