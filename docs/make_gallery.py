@@ -135,8 +135,9 @@ def comparison(folder: Path) -> list[str]:
     epochs, data = len(found["mixers"][0]["history"]), found["data"]
     parts = [
         "## Trained",
-        f"`{found['model']}` with each mixer. {data['description']} {epochs} epochs, "
-        f"{found['environment']['threads']} thread(s), torch {found['environment']['torch']}; one run each.",
+        f"`{found['model']}` with each mixer. {data['description']} {epochs} epochs, seed {found['recipe']['seed']}, "
+        f"{found['environment']['threads']} thread(s), regard {found['environment']['regard']}, "
+        f"torch {found['environment']['torch']}; one run each.",
         "\n".join(rows),
     ]
     for name, words in (("pareto", "accuracy against latency"), ("attention-maps", "attention of each mixer, by stage")):

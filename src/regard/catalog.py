@@ -87,17 +87,25 @@ class System:
         return f"from {module} import {name}\n{made} = {name}({arguments})"
 
     @property
+    def module(self) -> str:
+        """Dotted path of the file that it is written in."""
+        return self._subject.__module__
+
+    @property
     def account(self) -> Account:
         """Formula, cost and source."""
+        above = inspect.getdoc(sys.modules[self.module]) or ""
+        return read_account(above if self.arxiv in above else inspect.getdoc(self._subject) or "")
+
+    @property
+    def _subject(self) -> object:
+        """The class or function whose docstring, or whose file's, tells of it."""
         if self.kind == "operator":
-            subject: object = type(parse(self.sizes[0]))
-        elif self.kind == "backbone":
+            return type(parse(self.sizes[0]))
+        if self.kind == "backbone":
             table = self.cards[0].table
-            subject = table.func if isinstance(table, partial) else table
-        else:
-            subject = resolve_name(self.entry)
-        above = inspect.getdoc(sys.modules[subject.__module__]) or ""
-        return read_account(above if self.arxiv in above else inspect.getdoc(subject) or "")
+            return table.func if isinstance(table, partial) else table
+        return resolve_name(self.entry)
 
 
 def read_account(docstring: str) -> Account:
@@ -121,10 +129,30 @@ def systems() -> tuple[System, ...]:
     Raises:
         FileNotFoundError: an installation without the catalog.
     """
+    return tuple(_system(row) for row in rows())
+
+
+def rows() -> list[dict[str, str]]:
+    """The lines of ``systems.csv`` as they stand there.
+
+    Raises:
+        FileNotFoundError: an installation without the catalog.
+    """
     file = resources.files("regard") / "systems.csv"
     if not file.is_file():
         raise FileNotFoundError("the catalog systems.csv is missing from this installation of regard")
-    return tuple(_system(row) for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
+def search(words: str) -> list[System]:
+    """The systems that contain all words, wherever they stand, newest first; all without any."""
+    wanted = words.lower().split()
+    found = [each for each in systems() if all(word in _said(each) for word in wanted)]
+    return sorted(found, key=lambda each: -each.year)
+
+
+def _said(each: System) -> str:
+    return " ".join((each.slug, each.name, each.title, each.arxiv, str(each.year), each.area, each.account.text)).lower()
 
 
 def system(slug: str) -> System:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.resources
 import json
 import re
 import sys
@@ -122,7 +120,9 @@ def systems(
     as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False,
 ) -> None:
     """The catalog: published systems that work here; --json adds entry points and sizes."""
-    rows = _catalog()
+    from .catalog import rows as all_rows
+
+    rows = all_rows()
     if area is not None:
         areas = sorted({row["area"] for row in rows})
         if area not in areas:
@@ -135,13 +135,6 @@ def systems(
         ["id", "name", "title", "paper", "year", "area"],
         [[row["id"], row["name"], row["title"], row["arxiv"], row["year"], row["area"]] for row in rows],
     )
-
-
-def _catalog() -> list[dict[str, str]]:
-    file = importlib.resources.files("regard") / "systems.csv"
-    if not file.is_file():
-        raise FileNotFoundError("the catalog systems.csv is missing from this installation of regard")
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 @app.command()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from regard import catalog
 from regard import patterns as P
-from regard.app import catalog, uploads
+from regard.app import uploads
 from regard.app.compare import Choice, Setting, cost, growth, look
 from regard.app.mechanisms import PATTERN, fields_of, mechanisms, read
 from regard.lens.pictures import overlay
@@ -136,10 +137,13 @@ def test_brightest_colour_is_where_the_weight_is() -> None:
 
 def test_catalog_reads_formula_cost_and_source_of_every_system() -> None:
     for system in catalog.systems():
-        assert system.formula, system.slug
-        assert "Cost:" not in system.formula, system.slug
-        assert len(system.code.splitlines()) == 2
+        assert system.account.text, system.slug
+        assert "Cost:" not in system.account.text, system.slug
+        assert len(system.lines.splitlines()) == 2
     (found,) = catalog.search("2103.14030")
     assert found.slug == "swin"
-    assert 'regard.create_model("swin_tiny' in found.code
+    assert 'regard.create_model("swin_tiny' in found.lines
+    years = [each.year for each in catalog.search("attention")]
+    assert len(years) > 5
+    assert years == sorted(years, reverse=True)
     assert catalog.search("no such system anywhere") == []

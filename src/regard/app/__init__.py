@@ -1,7 +1,7 @@
 """The playground: click a pixel of a photograph and see what it attends to, for any mechanism, in the browser.
 
 ``launch`` serves it. What it shows is made by the plain functions of :mod:`regard.app.compare`, :mod:`regard.app.trained` and
-:mod:`regard.app.catalog`; :mod:`regard.app.page` puts them on a page.
+:mod:`regard.catalog`; :mod:`regard.app.page` puts them on a page.
 """
 
 from __future__ import annotations

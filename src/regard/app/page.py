@@ -10,9 +10,10 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from .. import catalog
 from ..lens.explain import NORMALISATIONS
 from ..models import list_models
-from . import catalog, compare, trained, uploads
+from . import compare, trained, uploads
 from .compare import Choice, Setting
 from .mechanisms import fields_of, mechanisms, read
 
@@ -295,7 +296,8 @@ def _catalog_tab(page: gr.Blocks) -> None:
 
     def look(words: str | None):
         systems = catalog.search(words or "")
-        return [system.row for system in systems], systems, *_about(systems[0] if systems else None)
+        shown = [[each.name, each.title, str(each.year), each.area] for each in systems]
+        return shown, systems, *_about(systems[0] if systems else None)
 
     def choose(systems: list[catalog.System], event: gr.SelectData):
         return _about(systems[event.index[0]])
@@ -309,13 +311,14 @@ def _about(system: catalog.System | None) -> tuple[str, Any]:
     if system is None:
         return wrong(ValueError("nothing found")), gr.Code(visible=False)
     paper = f'<a href="https://arxiv.org/abs/{system.arxiv}" target="_blank">arXiv:{system.arxiv}</a>' if system.arxiv else ""
-    lines = [("Cost", system.cost), ("Source", system.source), ("Module", system.file)]
+    account = system.account
+    lines = [("Cost", account.cost), ("Source", account.source), ("Module", system.module)]
     rest = "".join(f"<p><b>{name}</b> {html.escape(text)}</p>" for name, text in lines if text)
     text = (
         f"<h3>{html.escape(system.name)}</h3><p>{html.escape(system.title)}, {system.year}. {paper}</p>"
-        f'<div class="formula">{html.escape(system.formula)}</div>{rest}'
+        f'<div class="formula">{html.escape(account.text)}</div>{rest}'
     )
-    return text, gr.Code(system.code, visible=True)
+    return text, gr.Code(system.lines, visible=True)
 
 
 def serve(host: str, port: int | None, wait: bool) -> str:

@@ -187,22 +187,14 @@ class KeptWeighing:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptWindows:
-    """Attention inside windows that were cut out of a grid and put into the batch, seen on the grid again.
-
-    Attributes:
-        inner: the attention of ``batch * windows`` items.
-        index: ``(windows, tokens)``, the cell of each of their tokens, -1 for those that only pad.
-        cells: number of cells.
-    """
+class _Seen:
+    """An attention seen in another way; what is not said anew is that of ``inner``."""
 
     inner: Kept
-    index: Tensor
-    cells: int
 
     @property
     def batch(self) -> int:
-        return self.inner.batch // len(self.index)
+        return self.inner.batch
 
     @property
     def heads(self) -> int:
@@ -219,6 +211,24 @@ class KeptWindows:
     @property
     def size(self) -> int:
         return self.inner.size
+
+
+@dataclass(frozen=True, eq=False)
+class KeptWindows(_Seen):
+    """Attention inside windows that were cut out of a grid and put into the batch, seen on the grid again.
+
+    Attributes:
+        inner: the attention of ``batch * windows`` items.
+        index: ``(windows, tokens)``, the cell of each of their tokens, -1 for those that only pad.
+        cells: number of cells.
+    """
+
+    index: Tensor
+    cells: int
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch // len(self.index)
 
     def weights(self, rows: Tensor) -> list[Tensor]:
         return [self._on_grid(rows, self.inner.weights)]
@@ -244,7 +254,7 @@ class KeptWindows:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptPart:
+class KeptPart(_Seen):
     """Some queries of an attention, and its keys parted into sources of their own.
 
     Attributes:
@@ -253,29 +263,8 @@ class KeptPart:
         columns: for each source here, a source there and the range of its keys.
     """
 
-    inner: Kept
     first: int
     columns: tuple[tuple[int, int, int], ...]
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
-
-    @property
-    def heads(self) -> int:
-        return self.inner.heads
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.inner.dtype
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
 
     def weights(self, rows: Tensor) -> list[Tensor]:
         return self._cut(self.inner.weights(rows + self.first))

@@ -10,6 +10,7 @@ Source: Hassani et al., NAT arXiv:2204.07143, FNA arXiv:2403.04690, GNA arXiv:25
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -254,38 +255,13 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 def _fused(rank: int) -> Callable[..., Output]:
-    def fused(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kernel_size: Sizes,
-        stride: Sizes | None = 1,
-        dilation: Sizes | None = 1,
-        is_causal: Flags | None = False,
-        scale: float | None = None,
-        additional_keys: Tensor | None = None,
-        additional_values: Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        backend: str | None = None,
-        q_tile_shape: Sequence[int] | None = None,
-        kv_tile_shape: Sequence[int] | None = None,
-        backward_q_tile_shape: Sequence[int] | None = None,
-        backward_kv_tile_shape: Sequence[int] | None = None,
-        backward_kv_splits: Sequence[int] | None = None,
-        backward_use_pt_reduction: bool = False,
-        run_persistent_kernel: bool = True,
-        kernel_schedule: Any = None,
-        torch_compile: bool = False,
-        return_lse: bool = False,
-    ) -> Output:
+    def fused(query: Tensor, *others: Any, **options: Any) -> Output:
         """:func:`neighborhood_attention_generic` on a grid of this many axes."""
         if query.ndim != rank + 3:
             raise ValueError(f"na{rank}d takes tensors with {rank + 3} axes, (batch, *grid, heads, dim); got {query.ndim}")
-        return neighborhood_attention_generic(
-            query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
-            return_lse=return_lse,
-        )  # fmt: skip
+        return neighborhood_attention_generic(query, *others, **options)
 
+    fused.__signature__ = inspect.signature(neighborhood_attention_generic)  # type: ignore[attr-defined]
     return named(f"na{rank}d", fused)
 
 
