@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from regard.compat import natten as ours
-from regard.compat.natten import context, legacy
+from regard.compat.natten import context, legacy, types
+from regard.compat.natten.arguments import check_all_args
 from regard.compat.natten.functional import neighborhood_attention_generic
 from regard.compat.natten.utils.varlen import generate_varlen_parameters
 from regard.ops.backends.natten import INSTALLED
@@ -200,11 +201,11 @@ def test_modules_compute_from_the_weights_of_their_state_dict(rank):
     assert sorted(new.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight"]
     torch.testing.assert_close(new(x), projected(new, x, stride=2, scale=0.2, **arguments))
     arguments = {"kernel_size": (3, 5, 3)[:rank], "dilation": (2, 1, 1)[:rank]}
-    old = getattr(legacy, f"NeighborhoodAttention{rank}D")(8, 2, rel_pos_bias=True, **arguments).double()
+    old = getattr(legacy, f"NeighborhoodAttention{rank}D")(8, 2, rel_pos_bias=True, qk_scale=0.3, **arguments).double()
     assert sorted(old.state_dict()) == ["proj.bias", "proj.weight", "qkv.bias", "qkv.weight", "rpb"]
     assert old.rpb.shape == (2, 5, 9, 5)[: rank + 1]
     assert old.rpb.std() > 0
-    torch.testing.assert_close(old(x), projected(old, x, **arguments))
+    torch.testing.assert_close(old(x), projected(old, x, scale=0.3, **arguments))
     old(x).square().sum().backward()
     assert old.rpb.grad.abs().sum() > 0
 
@@ -237,6 +238,93 @@ def test_attention_dropout_acts_in_training_unless_fused_attention_is_asked_for(
     assert not context.is_fna_enabled()
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_generic_module_is_the_one_for_its_number_of_axes(rank):
+    generic = ours.modules.NeighborhoodAttentionGeneric
+    module = getattr(ours, f"NeighborhoodAttention{rank}D")(8, num_heads=2, kernel_size=3, stride=2, is_causal=True)
+    assert isinstance(module, generic)
+    assert module.na_dim == rank
+    same = generic(rank, 8, 2, 3, 2, is_causal=True)
+    same.load_state_dict(module.state_dict())
+    x = torch.randn(2, *(7, 5, 3)[:rank], 8)
+    torch.testing.assert_close(same(x), module(x))
+    with pytest.raises(ValueError, match=rf"kernel_size must be an integer of at least 2, or {rank} of them"):
+        generic(rank, 8, 2, (3,) * (rank + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_precision(dtype):
+    q, k, v, keys, values = (t.detach().to(dtype) for t in tensors(*[(1, 6, 7, 2, 8)] * 3, *[(1, 3, 2, 8)] * 2))
+    rpb = torch.randn(2, 5, 5, dtype=torch.float64)
+    wide = [t.double() for t in (q, k, v, keys, values)]
+    precision = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 2e-3, "atol": 2e-3}
+    out, lse = ours.na2d(q, k, v, 3, dilation=2, additional_keys=keys, additional_values=values, return_lse=True)
+    exact, exact_lse = naive.attention(*wide[:3], 3, dilation=2, more=wide[3:])
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(out.double(), exact, **precision)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    biased = legacy.na2d(q, k, v, 3, 2, rpb=rpb.float())  # a table in float32, as parameters are under autocast
+    assert biased.dtype == dtype
+    torch.testing.assert_close(biased.double(), naive.attention(*wide[:3], 3, dilation=2, rpb=rpb)[0], **precision)
+    heads_first = [t.movedim(-2, 1) for t in (q, k, v)]
+    scores = ours.functional.na2d_qk(*heads_first[:2], 3, 2, rpb=rpb.float())
+    halves = ours.functional.na2d_av((scores.float() * 8**-0.5).softmax(-1), heads_first[2], 3, 2)
+    assert (scores.dtype, halves.dtype) == (dtype, dtype)
+    expected = naive.scores(*(t.movedim(-2, 1) for t in wide[:2]), 3, 2, rpb=rpb)
+    torch.testing.assert_close(scores.double(), expected, **precision)
+
+
+@pytest.mark.parametrize(
+    "name", ["NeighborhoodAttention2D", "legacy.NeighborhoodAttention2D", "legacy.PaddedNeighborhoodAttention2D"]
+)
+def test_modules_under_autocast_and_in_one_graph(name):
+    made = getattr(legacy, name.removeprefix("legacy.")) if "legacy" in name else getattr(ours, name)
+    options = {"rel_pos_bias": True} if name == "legacy.NeighborhoodAttention2D" else {}
+    module = made(16, 2, 3, dilation=2, **options)
+    x = torch.randn(2, 7, 8, 16)
+    expected = module(x)
+    graph = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02)
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_functions_in_one_graph():
+    q, k, v = tensors(*[(1, 9, 2, 3)] * 3)
+
+    def both(q, k, v):
+        local = ours.na1d(q, k, v, 3, stride=2, is_causal=True, return_lse=True)
+        return ours.merge_attentions(*zip(local, ours.attention(q, k, v, is_causal=True, return_lse=True), strict=True))
+
+    found = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert_equal_with_gradients(found, both(q, k, v), (q, k, v))
+
+
+def test_packed_sequences_in_a_compiled_function():
+    q, k, v = tensors(*[(1, 9, 2, 3)] * 3)
+    ends, _, longest, _ = generate_varlen_parameters(q, k, v, *[torch.tensor([4, 5], dtype=torch.int32)] * 2)
+    lengths = {"cumulative_seqlen_Q": ends, "cumulative_seqlen_KV": ends, "max_seqlen_Q": longest, "max_seqlen_KV": longest}
+
+    def packed(q, k, v):
+        return ours.attention(2 * q, k, v, **lengths, is_causal=True, return_lse=True)
+
+    assert_equal_with_gradients(torch.compile(packed, backend="aot_eager")(q, k, v), packed(q, k, v), (q, k, v))
+
+
+def test_sequences_without_keys_or_queries():
+    q, k, v = tensors((1, 3, 2, 4), (1, 5, 2, 4), (1, 5, 2, 6))
+    lengths = torch.tensor([[2, 0, 1], [0, 3, 2]], dtype=torch.int32)
+    out, lse = ours.attention(q, k, v, seqlens_Q=lengths[0], seqlens_KV=lengths[1], return_lse=True)
+    assert not out[:, :2].any()
+    assert lse[:, :2].eq(-torch.inf).all()
+    expected = ours.attention(q[:, 2:], k[:, 3:], v[:, 3:], return_lse=True)
+    torch.testing.assert_close((out[:, 2:], lse[:, 2:]), expected)
+
+
 def test_errors_say_what_was_given():
     q = torch.randn(1, 6, 8, 2, 4)
     with pytest.raises(ValueError, match=r"kernel_size must be an integer of at least 2, or 2 of them.*got \(3,\)"):
@@ -249,6 +337,8 @@ def test_errors_say_what_was_given():
         ours.na2d(q, q, q, 3, stride=4)
     with pytest.raises(ValueError, match=r"must not exceed the grid on any axis.*on the grid \(6, 8\)"):
         ours.na2d(q, q, q, 3, dilation=3)
+    with pytest.raises(ValueError, match=r"dilation \(2, 3\) on the grid \(6, 8\)"):
+        ours.na2d(q, q, q, 3, dilation=(2, 3))  # seven columns from the first key to the last, but only eight of nine
     with pytest.raises(ValueError, match=r"na3d takes tensors with 6 axes.*got 5"):
         ours.na3d(q, q, q, 3)
     with pytest.raises(ValueError, match=r"on one grid of 1 to 3 axes; got query \(1, 6, 8, 2, 4\), key \(1, 5, 8, 2, 4\)"):
@@ -315,6 +405,9 @@ def test_peer_modules_load_natten_weights_and_equal_it():
 def test_peer_every_public_name_is_there_with_its_arguments_and_defaults():
     import natten
     import natten.functional
+    import natten.modules
+    import natten.types
+    import natten.utils.checks
     import natten.utils.varlen
 
     def arguments(function):
@@ -331,6 +424,11 @@ def test_peer_every_public_name_is_there_with_its_arguments_and_defaults():
         assert arguments(getattr(ours, name)) == arguments(getattr(natten, name)), name
     assert arguments(neighborhood_attention_generic) == arguments(natten.functional.neighborhood_attention_generic)
     assert arguments(generate_varlen_parameters) == arguments(natten.utils.varlen.generate_varlen_parameters)
+    assert arguments(check_all_args) == arguments(natten.utils.checks.check_all_args)
+    generic = natten.modules.NeighborhoodAttentionGeneric
+    assert arguments(ours.modules.NeighborhoodAttentionGeneric) == arguments(generic)
+    assert {name for name in types.__all__ if not hasattr(natten.types, name)} == set()
+    assert [each.value for each in types.KernelSchedule] == [each.value for each in natten.types.KernelSchedule]
 
 
 HIDE = """
@@ -369,7 +467,13 @@ import natten
 from natten import na2d, NeighborhoodAttention2D
 from natten.functional import natten2dqkrpb, na3d_av, merge_attentions
 from natten.utils.varlen import generate_varlen_parameters
+from natten.utils.checks import check_all_args
+from natten.utils import log
+from natten.types import DimensionTypeOrDed, CausalArgTypeOrDed, KernelSchedule
+from natten.modules import NeighborhoodAttentionGeneric
 import natten.context
+assert check_all_args(2, 3, None, (1, 2), True) == ((3, 3), (1, 1), (1, 2), (True, True))
+assert log.get_logger("natten").name == "natten" and issubclass(NeighborhoodAttention2D, NeighborhoodAttentionGeneric)
 assert na2d is compat.na2d and natten.functional.na2d is compat.na2d
 assert natten.__version__ == "0.21.7" and not natten.HAS_LIBNATTEN and natten.get_configs_for_flex_fna() == []
 assert importlib.util.find_spec("natten") is not None
@@ -384,6 +488,11 @@ assert older.NeighborhoodAttention1D(8, 2, 3, 2, False, True).rpb.shape == (2, 5
 q = torch.randn(1, 8, 8, 2, 4)
 expected = compat.na2d(q, q, q, 3, dilation=2, is_causal=(True, False))
 assert older.functional.na2d(q, q, q, 3, 2, (True, False)).equal(expected)
+from natten.types import CausalArg2DTypeOrDed, Dimension2DTypeOrDed
+from natten.utils import check_all_args, log
+from natten.utils.checks import check_all_args as same
+from natten.context import is_fna_enabled
+assert same is check_all_args and check_all_args(2, (3, 5), None, False) == ((3, 5), (1, 1), (False, False))
 from natten.na2d import NeighborhoodAttention2D as second
 assert second is older.NeighborhoodAttention2D and second is not NeighborhoodAttention2D
 compat.install("0.14")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from regard.bench import count
 from regard.lens import capture
-from regard.ops import linear_chunks
-from regard.ops.linear import CosineFeatures, LinearState, RandomFeatures, linear_attend, linear_weights
+from regard.ops import linear, linear_chunks
+from regard.ops.linear import LinearState, linear_attend, linear_weights
+from regard.ops.linear_features import CosineFeatures, RandomFeatures
 
 PHI = {
     "none": lambda x: x,
@@ -89,21 +90,17 @@ def pairwise(q, k, v, *, phi="none", norm="none", floor=None, eps=0.0, causal=Fa
     return weights, torch.einsum("hts,she->the", weights, v[0])
 
 
-def gradients(out, inputs: list[Tensor]) -> list[Tensor]:
-    """Gradients of a sum of all outputs, each entry with its own weight."""
+def gradients(out, inputs: list[Tensor], *, again: bool = False) -> list[Tensor]:
+    """Gradients of a sum of all outputs, each entry with its own weight; ``again`` where more of the same graph follow."""
     outs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
     generator = torch.Generator().manual_seed(1)
     total = sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in outs)
-    return list(torch.autograd.grad(total, inputs))
+    return list(torch.autograd.grad(total, inputs, retain_graph=again))
 
 
 def close(found, expected, **tolerance) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the definition
 
 
 @pytest.mark.parametrize("backend", ["chunked", "naive"])
@@ -145,6 +142,49 @@ def test_chunks_of_any_shape_are_the_recurrence_with_gradients(tokens, dim, valu
     close(gradients([out, final.memory], inputs), gradients(expected, inputs), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_more_tokens_and_items_than_are_taken_at_once(decay):
+    """Several batch items after one another, each in several pieces, and an incomplete chunk at the end."""
+    q, k, v = qkv(2, 64 * 12 + 9, 3, 2, 2, grad=True)
+    logs, state = decay_of(decay, q, 0.1), random(2, 3, 2, 2, grad=True)
+    inputs = [t for t in (q, k, v, state, logs) if t is not None]
+    out, final = linear_attend(q, k, v, causal=True, log_decay=logs, state=LinearState(state), return_state=True)
+    expected = recurrent(q, k, v, logs, state)
+    close([out, final.memory], expected, rtol=1e-9, atol=1e-9)
+    close(gradients([out, final.memory], inputs), gradients(expected, inputs), rtol=1e-9, atol=1e-8)
+    if decay == "none":
+        q, k = q.abs(), k.abs()
+        found = linear_attend(q, k, v, norm="sum")
+        weights = torch.einsum("bthd,bshd->bhts", q, k)
+        expected = torch.einsum("bhts,bshe->bthe", weights / weights.sum(-1, keepdim=True), v)
+        mine = gradients(found, inputs[:3], again=True)
+        close([found, *mine], [expected, *gradients(expected, inputs[:3])], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_the_state_alone_and_of_the_output_alone(causal):
+    q, k, v = qkv(tokens=11, grad=True)
+    earlier = random(2, 2, 3, 4, grad=True)
+    logs = decay_of("token", q) if causal else None
+    options = {"causal": causal, "log_decay": logs, "state": LinearState(earlier), "return_state": True, "chunk": 4}
+    out, final = linear_attend(q, k, v, **options)
+    expected, left = linear_attend(q, k, v, backend="naive", **options)
+    inputs = [k, v, earlier, *([logs] if causal else [])]
+    close(gradients(final.memory, inputs, again=True), gradients(left.memory, inputs, again=True))
+    close(gradients(out, [q, *inputs]), gradients(expected, [q, *inputs]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("norm", ["none", "sum", "count"])
+def test_a_scale_per_head_gets_its_gradient(norm, causal):
+    q, k, v = (t.abs() for t in qkv(tokens=7))
+    scale = random(2, grad=True)
+    unscaled = linear_attend(q, k, v, norm=norm, causal=causal)
+    found = linear_attend(q, k, v, norm=norm, causal=causal, scale=scale, chunk=4)
+    expected = unscaled * scale[:, None]
+    close([found, *gradients(found, [scale])], [expected, *gradients(expected, [scale])])
+
+
 @pytest.mark.parametrize("feature", ["relu", "elu_plus_one", "silu"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_exact(causal, feature):
@@ -183,11 +223,11 @@ def test_a_floor_of_one_hundred_leaves_small_activations_undivided():
     weights = torch.einsum("bthd,bshd->bhts", q, k)
     mass = weights.sum(-1, keepdim=True)
     assert mass.max() < 100
-    assert (20 * q.repeat(1, 1, 1, 1) @ torch.ones(3, 1, dtype=torch.float64)).max() > 0
     expected = torch.einsum("bhts,bshe->bthe", weights / 100, v) * torch.tensor([0.5, 2.0])[:, None]
     close([out], [expected])
     large = linear_attend(30 * q, 30 * k, v, norm="sum", floor=100.0)
-    above = (900 * mass > 100).expand_as(weights).transpose(1, 2)[..., :1]
+    above = (900 * mass > 100).transpose(1, 2)
+    assert above.any()
     plain = torch.einsum("bhts,bshe->bthe", weights / mass, v)
     close([large[above.expand_as(large)]], [plain[above.expand_as(large)]])
 
@@ -205,10 +245,30 @@ def test_queries_that_see_nothing_get_zero_and_finite_gradients():
     valid = torch.zeros(2, 6, dtype=torch.bool)
     valid[1, 3:] = True
     for causal in (False, True):
-        out = linear_attend(q, k, v, feature="relu", norm="sum", causal=causal, valid=valid, chunk=4)
-        assert not out[0].any()
-        assert not causal or not out[1, :3].any()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+        for norm in ("none", "sum", "count"):
+            out = linear_attend(q, k, v, feature="elu_plus_one", norm=norm, causal=causal, valid=valid, chunk=4)
+            assert not out[0].any()
+            assert not causal or not out[1, :3].any()
+            assert out[1, 3:].all()
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_a_small_divisor_still_divides():
+    q, k, v = (t.abs() for t in qkv(tokens=9))
+    small = linear_attend(1e-6 * q, 1e-6 * k, v, norm="sum")
+    close([small], [linear_attend(q, k, v, norm="sum")])
+
+
+@pytest.mark.parametrize("norm", ["sum", "count"])
+def test_weights_are_the_same_in_pieces(monkeypatch, norm):
+    q, k, _ = qkv(tokens=13)
+    state = LinearState(random(2, 2, 3, 4), random(2, 2, 3).abs(), torch.tensor([3.0, 5.0], dtype=torch.float64))
+    options = {"feature": "elu_plus_one", "norm": norm, "causal": True, "log_decay": decay_of("token", q), "state": state}
+    whole = linear_weights(q, k, **options)
+    monkeypatch.setattr(linear, "WEIGHTS", 3 * 2 * 2 * 13)  # three rows at a time
+    close([linear_weights(q, k, **options)], [whole])
+    some = torch.tensor([12, 0, 5, 5, 7])
+    close([linear_weights(q, k, rows=some, **options)], [whole[:, :, some]])
 
 
 def test_missing_keys_count_nothing_but_their_tokens_decay():
@@ -236,10 +296,6 @@ def test_grids_are_in_raster_order():
     logs = -torch.rand(1, 2, 3, 5, 2, dtype=torch.float64)
     flat = linear_attend(*(t.flatten(1, 3) for t in (q, k, v)), causal=True, log_decay=logs.flatten(1, 3), chunk=4)
     close([linear_attend(q, k, v, causal=True, log_decay=logs)], [flat.unflatten(1, (2, 3, 5))])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# decays
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -293,10 +349,6 @@ def test_a_decay_per_head_is_the_power_of_the_distance():
         close([linear_attend(q, k, v, causal=causal, log_decay=rate.log(), chunk=16)], [expected])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# states
-
-
 @pytest.mark.parametrize("backend", ["chunked", "naive"])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("norm", ["none", "sum", "count"])
@@ -326,6 +378,24 @@ def test_a_stream_in_pieces_of_any_length_equals_the_whole(norm, decay, backend)
     close(found, gradients([whole, last.memory], inputs))
 
 
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_nothing_is_left_of_a_state_after_a_full_decay(backend):
+    q, k, v = (t.abs() for t in qkv(tokens=12))
+    logs = decay_of("token", q).detach()
+    logs[:, 5, 0] = -torch.inf
+    earlier = LinearState(random(2, 2, 3, 4), random(2, 2, 3).abs())
+    kept = [t.clone() for t in earlier[:2]]
+    out, final = linear_attend(
+        q, k, v, norm="sum", causal=True, log_decay=logs, state=earlier, return_state=True, chunk=4, backend=backend
+    )
+    close(earlier[:2], kept)  # what was given stays as it was
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    sums, left = recurrent(q, k, ones, logs, torch.cat([kept[0], kept[1].unsqueeze(-1)], -1))
+    close([out, final.memory, final.total], [sums[..., :-1] / sums[..., -1:], left[..., :-1], left[..., -1]])
+    again = linear_attend(*(t[:, 5:] for t in (q, k, v)), norm="sum", causal=True, log_decay=logs[:, 5:], backend=backend)
+    close([out[:, 5:, 0]], [again[:, :, 0]])
+
+
 @pytest.mark.parametrize("norm", ["none", "sum", "count"])
 def test_keys_given_earlier_are_seen_by_all_queries(norm):
     q, k, v = qkv(tokens=20)
@@ -341,10 +411,6 @@ def test_the_state_does_not_grow():
         assert (state.memory.shape, state.total.shape) == ((2, 2, 3, 4), (2, 2, 3))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# feature maps
-
-
 def test_random_features_estimate_the_softmax():
     torch.manual_seed(0)
     q, k, v = (0.4 * t for t in qkv(1, tokens=24, dim=8))
@@ -356,6 +422,34 @@ def test_random_features_estimate_the_softmax():
         errors.append((linear_attend(q, k, v, feature=maps, norm="sum") - exact).norm() / exact.norm())
     assert errors[1] < 0.02
     assert errors[1] < errors[0] / 5
+
+
+def test_random_directions_are_those_of_normal_vectors():
+    omega = RandomFeatures.draw(6 * 400, 6, torch.Generator().manual_seed(0), heads=2)
+    assert omega.shape == (2, 2400, 6)
+    assert not omega[0].equal(omega[1])
+    assert (omega > 0).double().mean((0, 1)).sub(0.5).abs().max() < 0.05  # no orthant is missing
+    for place in range(6):  # in each place of a block
+        assert (omega[:, place::6] > 0).double().mean((0, 1)).sub(0.5).abs().max() < 0.1
+    squares = omega.square().sum(-1).flatten()
+    assert abs(squares.mean() - 6) < 0.3
+    assert abs(squares.var() - 12) < 1.5  # chi-squared of 6
+    assert RandomFeatures.draw(7, 3).shape == (7, 3)
+
+
+def test_the_largest_product_of_random_features_is_a_constant():
+    q, k, _ = qkv(1, tokens=6, grad=True)
+    omega = RandomFeatures.draw(5, 3, torch.Generator().manual_seed(0)).double()
+
+    def features(x, axes):
+        z = x * 3**-0.25
+        along = z @ omega.T
+        top = along.detach().amax(axes, keepdim=True)
+        return (torch.exp(along - z.square().sum(-1, keepdim=True) / 2 - top) + 0.01) / math.sqrt(5)
+
+    expected = torch.einsum("bthm,bshm->bhts", features(q, -1), features(k, (1, 3)))
+    found = linear_weights(q, k, feature=RandomFeatures(omega, eps=0.01))
+    close([found, *gradients(found, [q, k])], [expected, *gradients(expected, [q, k])])
 
 
 def test_random_features_are_those_of_the_formula():
@@ -395,8 +489,14 @@ def test_cosine_features_weigh_by_the_distance():
     close([torch.cat([first, second], 1)], [expected])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# dtypes, graphs, observers
+def test_far_positions_are_told_apart_in_half_precision():
+    q, k = torch.ones(2, 1, 1000, 1, 1).unbind()
+    weights = linear_weights(q[:, :1].bfloat16(), k[:, :1].bfloat16(), feature=CosineFeatures(1000), start=501)
+    exact = linear_weights(q[:, :1], k[:, :1], feature=CosineFeatures(1000), start=501)
+    torch.testing.assert_close(weights, exact, rtol=2**-6, atol=0)
+    places = CosineFeatures(1000)(q.bfloat16(), 0, False).double()
+    angles = torch.arange(1000) * (math.pi / 2000)
+    torch.testing.assert_close(places[0, :, 0], torch.stack([angles.cos(), angles.sin()], -1).double(), rtol=0, atol=2**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -412,7 +512,7 @@ def test_half_precision_keeps_float32_states(decay, dtype):
         assert state.memory.dtype == torch.float32
         found = linear_attend(q, k, v, norm="sum", **options)
         error = (found.double() - exact).norm() / exact.norm()
-        assert error < 2**-7 if dtype == torch.bfloat16 else 2**-10
+        assert error < (2**-7 if dtype == torch.bfloat16 else 2**-10)
 
 
 def test_sums_beyond_the_range_of_float16_divide_to_what_is_within():
@@ -536,10 +636,6 @@ def test_observers_see_the_weights_and_the_cost():
     assert cost.flops == 2 * 2 * tokens * 3 * (5 + 1)
     assert cost.bytes == 8 * tokens * (3 + 3 + 5 + 5)
     assert cost.pairs == 0
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# misuse
 
 
 def test_misfits_are_named():

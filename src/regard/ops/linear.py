@@ -18,11 +18,10 @@ Qin et al., cosFormer, arXiv:2202.08791; Zheng, L2ViT, arXiv:2501.16182.
 from __future__ import annotations
 
 import importlib.util
-import math
 import operator
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,8 @@ from torch import Tensor
 
 from . import linear_chunks
 from .call import _common_dtype
-from .linear_chunks import ACTIVATIONS
+from .linear_features import FeatureMap
+from .linear_spans import ACTIVATIONS
 from .observe import WATCHERS, Weighing, tell
 
 NORMS = ("none", "sum", "count")
@@ -40,92 +40,6 @@ CHUNK = 64
 
 WEIGHTS = 1 << 24
 """Weights computed at once by :func:`linear_weights`."""
-
-
-class FeatureMap(Protocol):
-    """What makes features of queries and of keys ``(batch, tokens, heads, dim)``, in the dtype it is given.
-
-    ``streams`` tells whether the features of a token are the same whatever comes after it, which states rest on.
-    """
-
-    streams: bool
-
-    def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
-        """The features of tokens from position ``start``, of keys or of queries."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class RandomFeatures:
-    """Positive random features, of which the product estimates exp(q^T k / sqrt(d)).
-
-        f(x) = m^-1/2 (exp(omega^T x' - |x'|^2 / 2 - top) + eps),   x' = d^-1/4 x
-
-    ``top`` is the largest omega^T x' of a query, or of all keys of a head; it cancels in a normalised attention but for
-    ``eps``. Since it looks at all keys, these features do not stream.
-
-    Attributes:
-        omega: directions ``(m, d)`` or ``(heads, m, d)``, see :meth:`draw`.
-        eps: added to every feature.
-
-    Source: Choromanski et al., arXiv:2009.14794.
-    """
-
-    omega: Tensor
-    eps: float = 1e-4
-    streams = False
-
-    @staticmethod
-    def draw(features: int, dim: int, generator: torch.Generator | None = None, *, heads: int | None = None) -> Tensor:
-        """Directions that are orthogonal in blocks of ``dim``, with the lengths of normal vectors; on the CPU.
-
-        Args:
-            features: number of directions.
-            dim: of queries and keys.
-            generator: of random numbers.
-            heads: draw as many sets; None draws one for all heads.
-        """
-        shape = (1 if heads is None else heads, -(-features // dim), dim, dim)
-        blocks, triangle = torch.linalg.qr(torch.randn(shape, generator=generator))
-        blocks = blocks * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else half of all directions is missing
-        lengths = torch.randn(shape, generator=generator).norm(dim=-1, keepdim=True)
-        omega = (blocks.transpose(-2, -1) * lengths).flatten(1, 2)[:, :features]
-        return omega[0] if heads is None else omega
-
-    def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) * x.shape[-1] ** -0.25
-        omega = self.omega.to(wide)
-        if omega.shape[-1] != x.shape[-1] or omega.ndim not in (2, 3) or (omega.ndim == 3 and len(omega) != x.shape[-2]):
-            raise ValueError(
-                f"omega must be (features, dim) or (heads, features, dim) for (..., heads, dim) = {tuple(x.shape[-2:])}; "
-                f"got {tuple(omega.shape)}"
-            )
-        along = torch.einsum("bnhd,hmd->bnhm" if omega.ndim == 3 else "bnhd,md->bnhm", wide, omega)
-        top = along.detach().amax((1, 3) if keys else 3, keepdim=True)
-        features = torch.exp(along - wide.square().sum(-1, keepdim=True) / 2 - top) + self.eps
-        return (features * features.shape[-1] ** -0.5).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class CosineFeatures:
-    """Rectified features that are compared under cos(pi (t - s) / 2M): ``relu(x) cos a`` beside ``relu(x) sin a``.
-
-    Attributes:
-        length: M, at least the number of tokens on either side; the angle of token t is ``a = pi t / 2M``.
-
-    Source: Qin et al., cosFormer, arXiv:2202.08791.
-    """
-
-    length: int
-    streams = True
-
-    def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
-        if start + x.shape[1] > self.length:
-            raise ValueError(f"features of positions below length={self.length} end before {start + x.shape[1]} tokens")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        angles = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide) * (math.pi / 2 / self.length)
-        angles = angles[:, None, None]
-        return torch.cat([x.relu() * angles.cos().to(x.dtype), x.relu() * angles.sin().to(x.dtype)], -1)
 
 
 class LinearState(NamedTuple):
@@ -189,11 +103,14 @@ class _Call:
         """The scale ``(1 or heads, 1, 1)``."""
         return torch.as_tensor(self.scale, dtype=self.wide, device=self.q.device).reshape(-1, 1, 1)
 
+    @property
+    def present(self) -> Tensor:
+        """1 for each key that exists, else 0: ``(1 or batch, keys)``."""
+        return self.k.new_ones(1, self.k.shape[1], dtype=self.wide) if self.valid is None else self.valid.to(self.wide)
+
     def counted(self) -> Tensor:
         """Keys that each query sees: ``(1 or batch, 1 or tokens, 1, 1)``, at least 1."""
-        keys = self.k.shape[1]
-        valid = self.k.new_ones(1, keys, dtype=self.wide) if self.valid is None else self.valid.to(self.wide)
-        count = valid.cumsum(1) if self.causal else valid.sum(1, keepdim=True)
+        count = self.present.cumsum(1) if self.causal else self.present.sum(1, keepdim=True)
         if self.state is not None and self.state.keys is not None:
             count = count + self.state.keys[:, None]
         return count.clamp(min=1.0)[..., None, None]
@@ -224,8 +141,7 @@ def linear_attend(
         q: queries ``(batch, *grid, heads, dim)``.
         k: keys ``(batch, *k_grid, heads, dim)``; with ``causal`` or a decay on the grid of ``q``.
         v: values ``(batch, *k_grid, heads, value_dim)``.
-        feature: ``"none"``, ``"relu"``, ``"elu_plus_one"``, ``"silu"``, or a :class:`FeatureMap` such as
-            :class:`RandomFeatures` or :class:`CosineFeatures`.
+        feature: ``"none"``, ``"relu"``, ``"elu_plus_one"``, ``"silu"``, or one of :mod:`regard.ops.linear_features`.
         norm: ``"none"``; ``"sum"`` divides by the sum of the weights, ``"count"`` by the number of keys seen (not decayed).
         floor: the least that the sum may be; None leaves it. A query whose divisor is 0 gives 0.
         eps: added to the sum, after the floor. An epsilon relative to the mean weight is ``eps`` times the number of keys.
@@ -346,10 +262,6 @@ def _check_state(call: _Call, value_dim: int) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the ways to compute it
-
-
 @dataclass(frozen=True)
 class _Way:
     """How to compute: tokens of a chunk, and the language of the kernels."""
@@ -382,8 +294,7 @@ def _everything(call: _Call, v: Tensor, way: _Way) -> tuple[Tensor, LinearState]
 def _state(call: _Call, memory: Tensor, total: Tensor | None) -> LinearState:
     count = None
     if call.norm == "count":
-        valid = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.valid is None else call.valid
-        count = valid.sum(1, dtype=call.wide)
+        count = call.present.sum(1).expand(call.k.shape[0])
         if call.state is not None and call.state.keys is not None:
             count = count + call.state.keys
     return LinearState(memory, total if call.norm == "sum" else None, count)
@@ -427,10 +338,6 @@ def _finished(call: _Call, y: Tensor) -> Tensor:
     elif call.norm == "count":
         y = y / call.counted()
     return y * call.per_head.squeeze(-1) if call.scaled else y
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the definition
 
 
 def linear_weights(
@@ -481,10 +388,8 @@ def _weights(call: _Call, rows: Tensor) -> Tensor:
 
 def _products(call: _Call, rows: Tensor) -> Tensor:
     """Weights before the division, ``(batch, heads, rows, keys)``."""
-    q, k = (t.to(call.wide).transpose(1, 2) for t in call.features())
+    q, k = _heads_first(call)
     q = q[:, :, rows]
-    if call.valid is not None:
-        k = k * call.valid[:, None, :, None]
     if call.decay is None:
         products = q @ k.transpose(-2, -1)
     elif call.width == 1:
@@ -495,6 +400,12 @@ def _products(call: _Call, rows: Tensor) -> Tensor:
         return products
     keys = torch.arange(k.shape[2], device=rows.device)
     return products.masked_fill(keys > rows[:, None], 0.0)
+
+
+def _heads_first(call: _Call) -> tuple[Tensor, Tensor]:
+    """Features of queries and keys, zeros for missing keys: ``(batch, heads, tokens, features)`` in the dtype of states."""
+    q, k = (t.to(call.wide).transpose(1, 2) for t in call.features())
+    return q, k * call.present[:, None, :, None]
 
 
 def _sums(call: _Call) -> tuple[Tensor, Tensor]:
@@ -532,11 +443,15 @@ def _factor(call: _Call, mass: Tensor, rows: Tensor) -> Tensor:
 
 def _entering(call: _Call) -> Tensor:
     """Features of queries as they meet the state ``(batch, heads, tokens, features)``."""
-    q = call.features()[0].to(call.wide).transpose(1, 2)
+    return _heads_first(call)[0] * _past(call)
+
+
+def _past(call: _Call) -> Tensor:
+    """How much is left of the state at each token, ``(1 or batch, 1 or heads, 1 or tokens, 1 or features)``."""
     if call.decay is None:
-        return q
+        return call.q.new_ones(1, 1, 1, 1, dtype=call.wide)
     sums, infinite = _sums(call)
-    return q * sums.masked_fill(infinite > 0, -torch.inf).exp().to(call.wide)
+    return sums.masked_fill(infinite > 0, -torch.inf).exp().to(call.wide)
 
 
 def _naive(call: _Call, v: Tensor) -> tuple[Tensor, LinearState | None]:
@@ -549,14 +464,9 @@ def _naive(call: _Call, v: Tensor) -> tuple[Tensor, LinearState | None]:
     y = (y * _factor(call, products.sum(-1), rows).unsqueeze(-1)).transpose(1, 2)
     if call.decay is not None and not call.causal:
         return y, None
-    k = call.features()[1].to(call.wide).transpose(1, 2)
-    if call.valid is not None:
-        k = k * call.valid[:, None, :, None]
-    past = torch.ones((), dtype=call.wide, device=v.device)
+    k, past = _heads_first(call)[1], _past(call)[:, :, -1]
     if call.decay is not None:
         k = k * _left_over(call, rows[-1:]).squeeze(2)
-        sums, infinite = (t[:, :, -1] for t in _sums(call))
-        past = sums.masked_fill(infinite > 0, -torch.inf).exp().to(call.wide)
     memory, total = torch.einsum("bhsd,bshe->bhde", k, wide), k.sum(2)
     if call.state is not None:
         memory = memory + call.state.memory * past[..., None]

@@ -42,6 +42,18 @@ def flags(value: Flags | None, rank: int) -> tuple[bool, ...]:
     return entries
 
 
+def check_all_args(
+    na_dim: int, kernel_size: Sizes, stride: Sizes | None, dilation: Sizes | None, is_causal: Flags | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """The arguments with one value for each of ``na_dim`` axes; None stands for ones, or for False.
+
+    Raises:
+        ValueError: another number of entries, or entries of the wrong kind or out of range.
+    """
+    kernels = sizes("kernel_size", kernel_size, na_dim, 2)
+    return kernels, sizes("stride", stride, na_dim, 1), sizes("dilation", dilation, na_dim, 1), flags(is_causal, na_dim)
+
+
 def neighborhood(
     grid: Sequence[int], kernel_size: Sizes, dilation: Sizes | None, is_causal: Flags | None, stride: Sizes | None = 1
 ) -> Neighborhood:
@@ -50,14 +62,13 @@ def neighborhood(
     Raises:
         ValueError: arguments of the wrong kind, a stride larger than the kernel, or a dilated kernel larger than the grid.
     """
-    rank = len(grid)
-    kernels, dilations = sizes("kernel_size", kernel_size, rank, 2), sizes("dilation", dilation, rank, 1)
+    kernels, strides, dilations, causal = check_all_args(len(grid), kernel_size, stride, dilation, is_causal)
     if any(k * d > n for k, d, n in zip(kernels, dilations, grid, strict=True)):
         raise ValueError(
             f"kernel_size * dilation must not exceed the grid on any axis; got kernel_size {kernels} and dilation {dilations} "
             f"on the grid {tuple(grid)}"
         )
-    return Neighborhood(kernels, dilations, sizes("stride", stride, rank, 1), flags(is_causal, rank))
+    return Neighborhood(kernels, dilations, strides, causal)
 
 
 def named(name: str, function: AnyFunction) -> AnyFunction:

@@ -94,6 +94,8 @@ def attention(
 ) -> Output:
     """Dense attention of sequences, or of several sequences packed into one.
 
+    The lengths of packed sequences are read, which breaks a compiled graph in two.
+
     Args:
         query: ``(batch, tokens, heads, head_dim)``.
         key: ``(batch, kv_tokens, kv_heads, head_dim)``; ``kv_heads`` divides ``heads``.

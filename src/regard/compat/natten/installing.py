@@ -77,10 +77,13 @@ def _module(name: str, contents: dict[str, Any]) -> ModuleType:
 
 def _contents(version: str) -> dict[str, dict[str, Any]]:
     """What each module of NATTEN holds, by its name."""
-    package, context, functional, legacy, modules, unfused, varlen = (
+    package, context, functional, legacy, modules, types, unfused, checks, log, varlen = (
         importlib.import_module(f"{__package__}{name}")
-        for name in ("", ".context", ".functional", ".legacy", ".modules", ".unfused", ".utils.varlen")
-    )
+        for name in (
+            "", ".context", ".functional", ".legacy", ".modules", ".types", ".unfused", ".utils.checks", ".utils.log",
+            ".utils.varlen",
+        )
+    )  # fmt: skip
     switches = {name: entry for name, entry in vars(context).items() if name.startswith(_SWITCHES)}
     if version == "0.21":
         return {
@@ -88,7 +91,10 @@ def _contents(version: str) -> dict[str, dict[str, Any]]:
             "natten.functional": _chosen(functional, functional.__all__),
             "natten.modules": _chosen(modules, modules.__all__),
             "natten.context": switches,
+            "natten.types": _chosen(types, types.__all__),
             "natten.utils": {},
+            "natten.utils.checks": _chosen(checks, checks.__all__),
+            "natten.utils.log": _chosen(log, log.__all__),
             "natten.utils.varlen": _chosen(varlen, varlen.__all__),
         }
     halves = _chosen(unfused, unfused.__all__)
@@ -102,7 +108,14 @@ def _contents(version: str) -> dict[str, dict[str, Any]]:
     if version == "0.17":
         contents["natten"] |= switches
         contents["natten.functional"] |= _chosen(legacy, [f"na{n}d" for n in ranks])
-        contents["natten.context"] = switches
+        check = _chosen(legacy, ["check_all_args"])
+        contents |= {
+            "natten.context": switches,
+            "natten.types": _chosen(types, types.__all__),
+            "natten.utils": check,
+            "natten.utils.checks": check,
+            "natten.utils.log": _chosen(log, log.__all__),
+        }
     return contents
 
 

@@ -14,9 +14,17 @@ from torch import Tensor, nn
 
 from ...ops import Source, attend
 from ...ops.call import HeadTable
-from . import context, unfused
-from .arguments import Flags, Sizes, flags, named, neighborhood, sizes
+from . import arguments, context, unfused
+from .arguments import Flags, Sizes, named, neighborhood
 from .functional import additional
+
+
+def check_all_args(
+    na_dim: int, kernel_size: Sizes, dilation: Sizes | None, is_causal: Flags | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """:func:`regard.compat.natten.arguments.check_all_args` without strides."""
+    kernels, _, dilations, causal = arguments.check_all_args(na_dim, kernel_size, None, dilation, is_causal)
+    return kernels, dilations, causal
 
 
 def _fused(rank: int) -> Callable[..., Tensor]:
@@ -90,9 +98,7 @@ class _Biased(nn.Module):
             raise ValueError(f"num_heads must divide dim; got {num_heads} and {dim}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.scale = qk_scale or self.head_dim**-0.5
-        self.kernel_size = sizes("kernel_size", kernel_size, self.na_dim, 2)
-        self.dilation = sizes("dilation", dilation, self.na_dim, 1)
-        self.is_causal = flags(is_causal, self.na_dim)
+        self.kernel_size, self.dilation, self.is_causal = check_all_args(self.na_dim, kernel_size, dilation, is_causal)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.rpb: nn.Parameter | None = None
         if biased:

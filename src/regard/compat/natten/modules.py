@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partialmethod
 
 from torch import Tensor, nn
 
-from .arguments import Flags, Sizes, flags, sizes
+from .arguments import Flags, Sizes, check_all_args
 from .functional import neighborhood_attention_generic
 
-__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "NeighborhoodAttentionGeneric"]
 
 
-class _NeighborhoodAttention(nn.Module):
+class NeighborhoodAttentionGeneric(nn.Module):
     """Neighborhood attention with its projections on tokens ``(batch, *grid, embed_dim)``.
 
     Args:
+        na_dim: axes of the grid, 1 to 3; the modules named after it do not take it.
         embed_dim: channels.
         num_heads: attention heads; divides ``embed_dim``.
         kernel_size, stride, dilation, is_causal: see :func:`regard.compat.natten.functional.neighborhood_attention_generic`.
@@ -27,10 +28,9 @@ class _NeighborhoodAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``embed_dim``, or arguments out of range.
     """
 
-    na_dim: ClassVar[int]
-
     def __init__(
         self,
+        na_dim: int,
         embed_dim: int,
         num_heads: int,
         kernel_size: Sizes,
@@ -44,12 +44,10 @@ class _NeighborhoodAttention(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim; got {num_heads} and {embed_dim}")
-        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.na_dim, self.embed_dim, self.num_heads, self.head_dim = na_dim, embed_dim, num_heads, embed_dim // num_heads
         self.scale = qk_scale or self.head_dim**-0.5
-        self.kernel_size = sizes("kernel_size", kernel_size, self.na_dim, 2)
-        self.stride = sizes("stride", stride, self.na_dim, 1)
-        self.dilation = sizes("dilation", dilation, self.na_dim, 1)
-        self.is_causal = flags(is_causal, self.na_dim)
+        arguments = check_all_args(na_dim, kernel_size, stride, dilation, is_causal)
+        self.kernel_size, self.stride, self.dilation, self.is_causal = arguments
         self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -69,16 +67,16 @@ class _NeighborhoodAttention(nn.Module):
         )
 
 
-class NeighborhoodAttention1D(_NeighborhoodAttention):
-    __doc__ = _NeighborhoodAttention.__doc__
-    na_dim = 1
+class NeighborhoodAttention1D(NeighborhoodAttentionGeneric):
+    __doc__ = NeighborhoodAttentionGeneric.__doc__
+    __init__ = partialmethod(NeighborhoodAttentionGeneric.__init__, 1)
 
 
-class NeighborhoodAttention2D(_NeighborhoodAttention):
-    __doc__ = _NeighborhoodAttention.__doc__
-    na_dim = 2
+class NeighborhoodAttention2D(NeighborhoodAttentionGeneric):
+    __doc__ = NeighborhoodAttentionGeneric.__doc__
+    __init__ = partialmethod(NeighborhoodAttentionGeneric.__init__, 2)
 
 
-class NeighborhoodAttention3D(_NeighborhoodAttention):
-    __doc__ = _NeighborhoodAttention.__doc__
-    na_dim = 3
+class NeighborhoodAttention3D(NeighborhoodAttentionGeneric):
+    __doc__ = NeighborhoodAttentionGeneric.__doc__
+    __init__ = partialmethod(NeighborhoodAttentionGeneric.__init__, 3)

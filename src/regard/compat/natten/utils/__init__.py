@@ -1,1 +1,1 @@
-"""Helpers that NATTEN documents."""
+"""Helpers that NATTEN documents, and those that modules written for it import."""
