@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from regard import attend
 from regard.ops import patterns as P
 from regard.ops import tile_attention, tiles
-from regard.ops.backends import tiled
+from regard.ops.backends import dense, tiled
 from regard.ops.call import HeadTable
 
 from .cases import Case, assert_equal, cases, results
@@ -51,6 +53,25 @@ def test_tiles_do_without_the_private_operators(case, lse_gradient):
             assert_equal(results(case, "tiled", torch.float64, lse_gradient), expected, 1e-11)
 
 
+def test_what_a_static_pattern_shows_is_found_out_once_and_serves_inference_and_training(monkeypatch):
+    asked = []
+    visible = P.Neighborhood.visible
+    monkeypatch.setattr(P.Neighborhood, "visible", lambda self, *args: asked.append(self) or visible(self, *args))
+    monkeypatch.setattr("regard.ops.call._KEPT", {})
+    q = torch.randn(1, 6, 7, 2, 4, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        first = attend(q, q, q, P.Neighborhood(5), backend="dense")
+    again = attend(q, q, q, P.Neighborhood(5), backend="dense")
+    again.sum().backward()
+    assert len(asked) == 1
+    torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)
+    for pattern, grid in ((P.Neighborhood(3), (6, 7)), (P.Neighborhood(5), (7, 6)), (P.Neighborhood(5, dilation=2), (6, 7))):
+        other = torch.randn(1, *grid, 2, 4, dtype=torch.float64)
+        mine = attend(other, other, other, pattern, backend="dense")
+        torch.testing.assert_close(mine, attend(other, other, other, pattern, backend="tiled"))
+    assert len(asked) == 4
+
+
 def test_causal_tiles_do_without_the_private_operators():
     q, k, v = (torch.randn(2, 11, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
@@ -63,6 +84,43 @@ def test_causal_tiles_do_without_the_private_operators():
         patch.setattr(tile_attention, "_FUSED", None)
         for a, b in zip(run("tiled"), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@given(cases(), st.booleans(), st.sampled_from([1, 300]))
+@settings(max_examples=60)
+def test_scores_are_held_for_some_queries_at_a_time(case, lse_gradient, scores):
+    """With room for few scores every tile is walked in slices of queries, and where the lse is needed dense attention too."""
+    expected = results(case, "reference", torch.float64, lse_gradient)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_attention, "_FUSED", None)
+        patch.setattr(tile_attention, "SCORES", scores)
+        patch.setattr(dense, "SCORES", scores)
+        for backend in CPU:
+            if claims(case, backend):
+                assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
+
+
+@pytest.mark.parametrize(("backend", "pattern"), [("tiled", "dense"), ("tiled", "causal"), ("dense", "neighborhood(5)")])
+def test_no_tensor_of_all_pairs_exists_where_the_lse_is_needed(backend, pattern, monkeypatch):
+    """The largest tensor that any operator makes, forward and backward, is one of the scores that are held at once."""
+    limit, tokens = 2 * 64 * 256, 256
+    monkeypatch.setattr(tile_attention, "_FUSED", None)
+    monkeypatch.setattr(tile_attention, "SCORES", limit)
+    monkeypatch.setattr(dense, "SCORES", limit)
+    q, k, v = (torch.randn(1, tokens, 2, 8, requires_grad=True) for _ in range(3))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            largest = max(largest, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor)), 0)
+            return made
+
+    with Watch():
+        out, lse = attend(q, k, v, pattern, return_lse=True, backend=backend)
+        torch.autograd.grad(out.square().sum() + lse.sin().sum(), (q, k, v))
+    assert tokens * 8 * 2 <= largest <= limit
 
 
 @given(cases(), st.booleans())

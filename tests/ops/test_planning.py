@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
@@ -123,6 +124,43 @@ def test_plans_of_devices_that_are_not_here():
     assert ("bias" if importlib.util.find_spec("natten") else "not installed") in plan.others["natten"]
     with pytest.raises(ValueError, match="cannot run this call: no backward on CPU"):
         regard.plan("neighborhood(7)", (56, 56), training=True, backend="flex")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plans_that_return_the_lse_store_no_weights(device):
+    plan = regard.plan("dense", (64, 64), heads=4, dtype=torch.bfloat16, device=device, training=True, return_lse=True)
+    assert (plan.backend, plan.reason) == ("tiled", "returns lse without storing the weights")
+
+
+@given(cases(routed=False), st.booleans())
+@settings(max_examples=60)
+def test_classes_of_tiles_say_what_the_pattern_says_of_each_pair(case, other):
+    """Every pair of every tile, by its class: visible, and at the offset of the bias table, as the pattern itself says."""
+    rank = len(case.grid)
+    if isinstance(case.pattern, P.PerHead):
+        return
+    zeros = tuple(case.pattern.zero_keys(axis, n, rank) for axis, n in enumerate(case.grid))
+    biased = P.Neighborhood(3, 2) if other else case.pattern
+    sizes = tuple(2 * biased.extent(axis, n, rank) + 1 for axis, n in enumerate(case.grid))
+    plan = tile_plan(case.pattern.spec, case.grid, case.grid, (0,) * rank, zeros, (biased.spec, sizes))
+    if plan is None or plan.causal:
+        return
+    padded = [n + sum(pair) for n, pair in zip(case.grid, zeros, strict=True)]
+    q_pos, k_pos = P.grid_positions(case.grid), P.grid_positions(padded, [-before for before, _ in zeros])
+    expected = case.pattern.visible(q_pos[:, None], k_pos[None], case.grid, case.grid)
+    index = torch.zeros_like(expected, dtype=torch.long)
+    for axis, size in enumerate(sizes):
+        steps = biased.offset(axis, q_pos[:, None, axis], k_pos[None, :, axis], case.grid[axis], rank)
+        index = index * size + steps.clamp(-(size // 2), size // 2) + size // 2
+    seen = torch.zeros_like(expected, dtype=torch.long)
+    for group in (group for part in plan.parts for group in part):
+        for queries, keys, kind in zip(group.queries, group.keys, group.kinds, strict=True):
+            pairs = torch.from_numpy(queries)[:, None], torch.from_numpy(keys)[None]
+            visible = torch.ones(1, 1, dtype=torch.bool) if group.mask is None else torch.from_numpy(group.mask[kind])
+            visible = visible.expand(len(queries), len(keys))
+            seen.index_put_(pairs, visible.long(), accumulate=True)
+            assert (torch.from_numpy(group.offsets[kind]) == index[pairs])[visible].all()
+    assert (seen == expected.long()).all()
 
 
 def test_backends_say_where_they_run():

@@ -41,7 +41,7 @@ def test_every_piece_is_done_once_and_made_when_needed(three_threads):
     assert sorted(done) == list(range(50))
 
 
-def test_pieces_run_on_other_threads_with_one_torch_thread_each_and_no_gradients(three_threads):
+def test_pieces_run_on_the_caller_and_its_helpers_with_one_torch_thread_each_and_no_gradients(three_threads):
     seen, together = set(), threading.Barrier(3, timeout=30)
 
     def work(n):
@@ -51,7 +51,7 @@ def test_pieces_run_on_other_threads_with_one_torch_thread_each_and_no_gradients
     run_all(work, range(3), parallel=True)
     assert len(seen) == 3
     assert {entry[1:] for entry in seen} == {(1, False)}
-    assert threading.get_ident() not in {entry[0] for entry in seen}
+    assert threading.get_ident() in {entry[0] for entry in seen}
     assert torch.get_num_threads() == 3
     assert torch.is_grad_enabled()
 
@@ -62,13 +62,19 @@ def test_one_thread_works_in_place():
     assert set(idents) == {threading.get_ident()}
 
 
-def test_an_error_comes_out_and_the_pool_goes_on_working(three_threads):
-    def work(n):
-        if n == 5:
-            raise ValueError("the fifth")
+@pytest.mark.parametrize("caller", [True, False], ids=["of the caller", "of a helper"])
+def test_an_error_comes_out_and_the_pool_goes_on_working(caller, three_threads):
+    main, met = threading.get_ident(), threading.Barrier(3, timeout=30)
 
-    with pytest.raises(ValueError, match="the fifth"):
+    def work(n):
+        if n < 3:
+            met.wait()
+            if (threading.get_ident() == main) == caller:
+                raise ValueError("the one")
+
+    with pytest.raises(ValueError, match="the one"):
         run_all(work, range(20), parallel=True)
+    assert torch.get_num_threads() == 3
     done = []
     run_all(done.append, range(20), parallel=True)
     assert sorted(done) == list(range(20))
@@ -79,6 +85,7 @@ def test_an_error_comes_out_and_the_pool_goes_on_working(three_threads):
 )
 def test_attention_and_all_gradients_are_those_of_one_thread(pattern, three_threads, monkeypatch):
     monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)  # many pieces, whose keys overlap
+    monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 19, 17, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = OffsetBias(2, pattern, 2, grid=(19, 17), dtype=torch.float64) if isinstance(pattern, P.Neighborhood) else None
@@ -125,6 +132,7 @@ def _child(connection, q):
 
 def test_a_forked_process_has_threads_of_its_own(three_threads, monkeypatch):
     monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)
+    monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0)
     q = torch.randn(1, 20, 20, 2, 8)
     mine = float(attend(q, q, q, P.Neighborhood(5), backend="tiled").double().sum())  # the pool is there before the fork
     here, there = multiprocessing.get_context("fork").Pipe()

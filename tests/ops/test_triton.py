@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from regard import attend, plan
+from regard import Source, attend, plan
 from regard.ops import patterns as P
 from regard.ops.backends import triton as backend
 from regard.ops.triton import boxes
@@ -35,6 +35,26 @@ def small(monkeypatch):
             monkeypatch.setitem(sizes, kind, ((256, SMALL),))
 
 
+@pytest.fixture
+def descriptors(monkeypatch):
+    monkeypatch.setattr(backend, "DESCRIPTORS", True)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Whether each launch that reads boxes of keys does so by descriptors."""
+    seen: list[bool] = []
+    launch = backend._launch
+
+    def note(kernel, programs, arguments, constants, warps):
+        if "DESCRIBED" in constants:
+            seen.append(constants["DESCRIBED"])
+        launch(kernel, programs, arguments, constants, warps)
+
+    monkeypatch.setattr(backend, "_launch", note)
+    return seen
+
+
 @TRITON
 @pytest.mark.skipif(HERE, reason="this is that process")
 @pytest.mark.parametrize("only", ["float32", "routed or float16 or device"])
@@ -46,11 +66,11 @@ GROUPED = {"heads": 2, "kv_heads": 1}
 
 WINDOWS = [
     ((23,), P.Neighborhood(7), {"table": True}),
-    ((45,), P.Neighborhood(5, dilation=2, causal=True, stride=2), {"heads": 2, "kv_heads": 2}),
+    ((25,), P.Neighborhood(5, dilation=2, causal=True, stride=2), {"heads": 4, "kv_heads": 2}),
     ((1,), P.Neighborhood(3), {"table": True}),
     ((50,), P.Causal(), {"dim": 20, "value_dim": 12}),
     ((40,), P.Dense(), {"valid": True}),
-    ((11, 9), P.Neighborhood((3, 5), dilation=(2, 1)), {"table": True, **GROUPED}),
+    ((8, 7), P.Neighborhood((3, 5), dilation=(2, 1)), {"table": True, **GROUPED}),
     ((12, 12), P.Neighborhood(9), {}),
     ((9, 11), P.Neighborhood((5, 7), stride=(2, 3), causal=(False, True)), {"valid": True}),
     ((7, 10), P.Neighborhood(5, border="zero"), {"table": True}),
@@ -60,7 +80,7 @@ WINDOWS = [
     ((7, 9), P.Grid(3), {"table": True}),
     ((4, 20), P.Axis(1, causal=True), {}),
     ((3, 4, 6), P.Neighborhood((3, 1, 3), dilation=(1, 1, 2), causal=(True, False, False)), {"table": True}),
-    ((3, 5, 6), P.Neighborhood(3), {}),
+    ((6, 3, 4), P.Neighborhood(3), {}),
 ]
 
 
@@ -86,6 +106,80 @@ def test_equals_reference_in_float16(grid, pattern, options):
     case = case_of(grid, pattern, options)
     expected = results(case, "reference", torch.float16, True, exact=True)
     assert_equal(results(case, "triton", torch.float16, True), expected, 4e-3)
+
+
+DESCRIBED = [
+    ((29,), P.Neighborhood(5, dilation=2, causal=True, stride=2), torch.float32, {}),
+    ((6, 7), P.Neighborhood((3, 5), dilation=(2, 1)), torch.float16, GROUPED),
+    ((2, 3, 5), P.Neighborhood(3, dilation=(1, 1, 2)), torch.float32, {"batch": 2, "table": True}),
+]
+
+
+@TRITON
+@INSIDE
+@pytest.mark.usefixtures("small", "descriptors")
+@pytest.mark.parametrize(("grid", "pattern", "dtype", "options"), DESCRIBED, ids=["line", "plane", "space"])
+def test_descriptors_equal_reference_on_the_device(grid, pattern, dtype, options, launched):
+    case = case_of(grid, pattern, options)
+    expected = results(case, "reference", dtype, True, exact=True)
+    assert_equal(results(case, "triton", dtype, True), expected, 1e-5 if dtype == torch.float32 else 4e-3)
+    assert launched == [True, True]
+
+
+def blocks_of(size: int) -> P.Blocks:
+    return P.Blocks(torch.tensor([[[0, 2], [1, -1], [3, 3], [2, 1]]]), size)
+
+
+@TRITON
+@INSIDE
+@pytest.mark.usefixtures("small", "descriptors")
+@pytest.mark.parametrize(("changes", "described"), [
+    ({}, True),
+    ({"pattern": blocks_of(4), "grid": (7, 8)}, True),
+    ({"pattern": blocks_of(3), "grid": (6, 6)}, False),  # a box of four holds a part of the next block
+    ({"valid": True}, False),  # missing keys would be read
+    ({"dim": 18}, False),  # 72 bytes from token to token
+    ({"value_dim": 22}, False),
+])  # fmt: skip
+def test_descriptors_serve_what_they_can_on_the_device(changes, described, launched):
+    case = Case(**{"grid": (5, 6), "pattern": P.Neighborhood(3), "batch": 1, "dim": 16, "value_dim": 16, **changes})
+    with torch.no_grad():
+        found = [case.run(case.tensors(torch.float32), name, return_lse=False) for name in ("reference", "triton")]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert launched == [described]
+
+
+@TRITON
+@INSIDE
+@pytest.mark.usefixtures("small", "descriptors")
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_descriptors_do_not_read_past_the_keys_of_a_tile_on_the_device(poison, launched):
+    """What stands beside the keys of a tile in the same box is never multiplied, not even by zero."""
+    q, k, v = (torch.randn(1, 36, 1, 16) for _ in range(3))
+    expected = attend(q[:, :12], k[:, :12], v[:, :12], "window(12)", backend="reference")
+    v[:, 12:] = poison
+    torch.testing.assert_close(attend(q, k, v, "window(12)", backend="triton")[:, :12], expected, rtol=1e-5, atol=1e-5)
+    assert launched == [True]
+
+
+@TRITON
+@INSIDE
+@pytest.mark.usefixtures("small", "descriptors")
+def test_descriptors_need_aligned_views_on_the_device(launched):
+    """A view that begins at the second number of its memory is read by pointers."""
+    memory = torch.randn(3, 4 + 30 * 16)
+    for first, described in ((0, True), (1, False)):
+        q, k, v = (row[first : first + 30 * 16].view(1, 5, 6, 1, 16) for row in memory)
+        found = [attend(q, k, v, "neighborhood(3)", backend=name) for name in ("reference", "triton")]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        assert launched.pop() is described
+
+
+@TRITON
+def test_pointers_are_the_default():
+    """No time of descriptors has been measured on a GPU yet."""
+    assert backend.DESCRIPTORS is False
 
 
 @TRITON
@@ -135,6 +229,23 @@ def test_views_and_expanded_gradients_on_the_device():
         found.append((out, *torch.autograd.grad(out.sum(), (q, k))))
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@TRITON
+@INSIDE
+@pytest.mark.usefixtures("small")
+def test_queries_whose_keys_are_all_missing_on_the_device():
+    """They give 0, an lse of minus infinity and no gradient, in a tile with queries that see something."""
+    q, k, v = (torch.randn(1, 12, 1, 16, requires_grad=True) for _ in range(3))
+    valid = torch.arange(12)[None] >= 4
+    found = []
+    for name in ("reference", "triton"):
+        source = Source(k, v, P.Window(4), valid=valid)
+        out, lse = attend(q, [source], return_lse=True, backend=name)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum() + lse[:, 4:].sum(), (q, k, v))))
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert (found[1][1][:, :4] == -torch.inf).all()
 
 
 @TRITON
@@ -288,7 +399,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def compiled(name: str, dim: int, size: tuple[int, int, int], folder: Path) -> tuple[str, str]:
+def compiled(name: str, dim: int, size: tuple[int, int, int], folder: Path, described: bool = False) -> tuple[str, str]:
     """Intermediate code and resource usage of a kernel for two-dimensional neighborhoods in bfloat16."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -302,6 +413,7 @@ def compiled(name: str, dim: int, size: tuple[int, int, int], folder: Path) -> t
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_V": dim, "AXES": 2, "BIAS": False, "VALID": False, "ROUTED": False,
         "FIRST": 0, "LAST": 2, "WIDE": False, "PRECISION": "tf32", "GRAD_LSE": False, "GRAD_BIAS": False,
+        "DESCRIBED": described,
         **{f"T{axis}": n for axis, n in enumerate(shape[tile])}, **{f"B{axis}": n for axis, n in enumerate(shape[box])},
     }  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -332,5 +444,23 @@ def test_kernels_for_hopper_use_its_matrix_units_and_spill_nothing(name, dim, tm
         assert "wgmma.mma_async" in code, size
         assert "mma.sync" not in code, size
         assert "cp.async" in code, size  # boxes are on their way while the last one is computed
+        assert "STACK:0 " in usage, (size, usage)
+        assert "LOCAL:0 " in usage, (size, usage)
+
+
+@TRITON
+@pytest.mark.slow
+@pytest.mark.skipif(HERE or os.uname().machine != "x86_64", reason="the tools come with Triton's wheel for x86-64")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["forward", "queries"])
+def test_described_boxes_go_from_memory_to_the_matrix_units(name, dim, tmp_path):
+    """Keys and values arrive by bulk tensor copies, no thread copies any itself, and nothing spills."""
+    sizes = next(sizes for limit, sizes in backend.SIZES[name]["half"] if dim <= limit)
+    for size in sizes:
+        code, usage = compiled(name, dim, size, tmp_path, described=True)
+        assert "wgmma.mma_async" in code, size
+        assert "mma.sync" not in code, size
+        assert "cp.async.bulk.tensor" in code, size
+        assert "cp.async.cg" not in code, size
         assert "STACK:0 " in usage, (size, usage)
         assert "LOCAL:0 " in usage, (size, usage)

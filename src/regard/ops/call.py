@@ -34,6 +34,10 @@ class TableBias(Protocol):
 
 
 Bias = Tensor | TableBias
+KEPT_PAIRS, KEPT_MASKS = 1 << 22, 32
+"""What static patterns show is kept for so many pairs of query and key at most, and so many calls: to find out takes longer
+than to attend."""
+_KEPT: dict[tuple, Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +136,30 @@ class Call:
         """Visible pairs, broadcastable to ``(batch, heads, queries, keys)``; None where all are. ``valid`` included."""
         mask = None
         if not isinstance(self.pattern, Dense):
-            mask = self.pattern.visible(*self.positions(rows), self.q_grid, self.k_grid)
-            mask = mask if mask.ndim == 4 else mask[None, None]
+            mask = self._kept_visible() if rows is None and self._keeps_visible() else self._visible(rows)
         if self.valid is not None:
             valid = self.valid.reshape(self.valid.shape[0], 1, 1, -1)
             mask = valid if mask is None else mask & valid
         return mask
+
+    def _visible(self, rows: Tensor | None = None) -> Tensor:
+        visible = self.pattern.visible(*self.positions(rows), self.q_grid, self.k_grid)
+        return visible if visible.ndim == 4 else visible[None, None]
+
+    def _keeps_visible(self) -> bool:
+        """Whether the next call of this kind may find it as it was: plain tensors, and not too many pairs."""
+        plain = type(self.q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        return plain and self.pattern.static and self.queries * self.keys <= KEPT_PAIRS
+
+    def _kept_visible(self) -> Tensor:
+        key = (self.pattern, self.q_grid, self.padded_grid, self.q_start, self.zeros, self.q.device)
+        visible = _KEPT.get(key)
+        if visible is None:
+            while len(_KEPT) >= KEPT_MASKS:
+                _KEPT.pop(next(iter(_KEPT)), None)
+            with torch.inference_mode(False):
+                visible = _KEPT[key] = self._visible()
+        return visible
 
     def dense_bias(self, rows: Tensor | None = None) -> Tensor | None:
         """The bias, broadcastable to ``(batch, heads, queries, keys)``."""

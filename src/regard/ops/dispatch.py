@@ -38,7 +38,7 @@ def choose(call: Call, backend: str = "auto") -> Choice:
     if tiled.supports(call) is None:
         if tiled.prefers(call):
             return Choice("tiled", "computes far fewer pairs than dense attention")
-        if call.need_lse and call.device.type == "cpu":
+        if call.need_lse:
             return Choice("tiled", "returns lse without storing the weights")
         return Choice("dense", "most keys are visible")
     return Choice("dense", "the general case")

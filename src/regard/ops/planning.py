@@ -240,7 +240,7 @@ def _groups(call: Call) -> list[TileGroup]:
 def _bytes(call: Call, backend: str) -> int:
     size = call.q.element_size()
     operands = call.q.numel() + call.k.numel() + call.v.numel() + call.batch * call.queries * call.heads * call.v.shape[-1]
-    if backend == "reference":  # logits and weights, written and read
+    if backend == "reference" or (backend == "dense" and call.need_lse):  # logits and weights, written and read
         return size * operands + 4 * 4 * call.batch * call.heads * call.queries * call.keys
     if backend == "dense":  # the mask
         return size * operands + (call.queries * call.keys if call.pattern.spec != "Dense()" else 0)

@@ -1,16 +1,21 @@
 """Attention inside tiles: queries ``(n, heads, tq, width)`` against the keys ``(n, heads, tk, width)`` of their tile.
 
 On CPU this is torch's fused attention. It has no gradient for its log-sum-exp nor for a bias, and no fallback is promised for
-its private name: matrix products serve there, and on every other device.
+its private name: matrix products serve there, and on every other device, for some queries at a time, so that the memory of a
+large tile is that of its operands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SCORES = 1 << 26
+"""Scores that matrix products hold at once."""
 
 _FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FUSED_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -26,23 +31,44 @@ def _full_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return mask.expand(-1, -1, q.shape[2], k.shape[2])
 
 
-def triangle(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mask of causal tiles, for where the fused operator cannot make it."""
-    return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype, device=device).triu_(1)
+def triangle(queries: int, keys: int, dtype: torch.dtype, device: torch.device, first: int = 0) -> Tensor:
+    """The mask of causal tiles from query ``first`` on, for where the fused operator cannot make it."""
+    return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype, device=device).triu_(first + 1)
+
+
+def _slices(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Queries whose scores are held at once, the keys that they may see, and their mask."""
+    n, heads, tq, _ = q.shape
+    tk = k.shape[2]
+    each = max(1, SCORES // (n * heads * tk))
+    for first in range(0, tq, each):
+        last = min(first + each, tq)
+        seen = min(last, tk) if causal else tk
+        if causal:
+            part: Tensor | None = triangle(last - first, seen, q.dtype, q.device, first)
+        else:
+            part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first:last]
+        yield slice(first, last), slice(0, seen), part
 
 
 def attend_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)`` (any value where a query sees nothing)."""
-    if causal and not _fused(q):
-        mask = triangle(q.shape[2], k.shape[2], q.dtype, q.device)
     if _fused(q):
         return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
-    scores = torch.matmul(q, k.transpose(-2, -1)) * scale
+    parts = [_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale) for i, j, part in _slices(q, k, mask, causal)]
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = torch.matmul(q, k.transpose(-2, -1)).mul_(scale)
     if mask is not None:
-        scores = scores + mask
+        scores += mask
     lse = torch.logsumexp(scores, -1)
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v), lse
+    return torch.matmul(scores.sub_(lse.unsqueeze(-1)).exp_(), v), lse
 
 
 def narrow_products(q: Tensor) -> bool:
@@ -65,6 +91,11 @@ def attend_narrow_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ca
     return torch.matmul(torch.softmax(scores, -1).to(v.dtype), v)
 
 
+def fused_backward(q: Tensor, more: bool) -> bool:
+    """Whether one operator gives the gradients; it does unless ``more`` is asked for than those of q, k and v."""
+    return _fused(q) and not more
+
+
 def attend_tiles_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
     causal: bool, scale: float, need_scores: bool,
@@ -73,21 +104,40 @@ def attend_tiles_backward(
 
     ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part.
     """
-    fused = _fused(q) and grad_lse is None and not need_scores
-    if causal and not fused:
-        mask = triangle(q.shape[2], k.shape[2], q.dtype, q.device)
-    if fused:
+    if fused_backward(q, grad_lse is not None or need_scores):
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)
-    scores = torch.matmul(q, k.transpose(-2, -1)).mul_(scale)
-    if mask is not None:
-        scores += mask
-    weights = scores.sub_(lse.unsqueeze(-1)).exp_()
-    delta = (grad * out).sum(-1, keepdim=True)
+    delta = (grad * out).sum(-1)
     if grad_lse is not None:
-        delta = delta - grad_lse.unsqueeze(-1)
-    grad_scores = torch.matmul(grad, v.transpose(-2, -1)).sub_(delta).mul_(weights)
-    grad_v = torch.matmul(weights.transpose(-2, -1), grad)
-    grad_q = torch.matmul(grad_scores, k).mul_(scale)
-    grad_k = torch.matmul(grad_scores.transpose(-2, -1), q).mul_(scale)
-    return grad_q, grad_k, grad_v, grad_scores if need_scores else None
+        delta = delta - grad_lse
+    slices = list(_slices(q, k, mask, causal))
+    if len(slices) == 1:
+        *grads, change = _products_backward(grad, delta, q, k, v, lse, slices[0][2], scale)
+        return (*grads, change if need_scores else None)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_scores = q.new_zeros(*q.shape[:3], k.shape[2]) if need_scores else None
+    for i, j, part in slices:
+        grad_q[:, :, i], of_k, of_v, change = _products_backward(
+            grad[:, :, i], delta[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], part, scale
+        )
+        grad_k[:, :, j] += of_k
+        grad_v[:, :, j] += of_v
+        if grad_scores is not None:
+            grad_scores[:, :, i, j] = change
+    return grad_q, grad_k, grad_v, grad_scores
+
+
+def _products_backward(
+    grad: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the biased scores."""
+    base = -lse.unsqueeze(-1)  # what the products are added to: copying once is cheaper than another pass
+    base = base.expand(*q.shape[:3], k.shape[2]) if mask is None else mask + base
+    tiles = q.shape[:2]
+    base, delta, grad, q, k, v = (t.flatten(0, 1) for t in (base, delta.unsqueeze(-1), grad, q, k, v))
+    weights = torch.baddbmm(base, q, k.transpose(1, 2), alpha=scale).exp_()
+    change = torch.baddbmm(delta, grad, v.transpose(1, 2), beta=-1).mul_(weights)
+    grad_q = torch.bmm(change, k).mul_(scale)
+    grad_k = torch.bmm(change.transpose(1, 2), q).mul_(scale)
+    grad_v = torch.bmm(weights.transpose(1, 2), grad)
+    return grad_q.unflatten(0, tiles), grad_k.unflatten(0, tiles), grad_v.unflatten(0, tiles), change.unflatten(0, tiles)

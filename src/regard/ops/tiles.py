@@ -22,6 +22,8 @@ from .tiling import TileGroup, TilePlan
 
 BUFFER = 1 << 19
 """Elements of the keys gathered at once, per thread: small enough for the caches, large enough to amortise the calls."""
+STORED = 1 << 18
+"""Scores of the tiles at once where they are stored, for the same reason."""
 
 
 @dataclass
@@ -95,14 +97,16 @@ class Chunk:
     """Tiles that run at once: rows of their ``queries (n, tq)`` and ``keys (n, tk)``.
 
     ``mask`` is additive and broadcasts to ``(n, heads, tq, tk)``; ``blind (n, tq)`` marks queries that see nothing;
-    ``offsets (n, tq, tk)`` index the flattened bias table; ``causal`` tiles show their lower triangle.
+    ``offsets (classes, tq, tk)`` index the flattened bias table, ``kinds (n)`` say of which class each tile is; ``causal``
+    tiles show their lower triangle.
     """
 
     queries: Index
     keys: Index
     mask: Tensor | None
     blind: Tensor | None
-    offsets: Tensor | None
+    offsets: Tensor | None = None
+    kinds: Tensor | None = None
     causal: bool = False
 
 
@@ -289,7 +293,8 @@ class Problem:
     """The operands of one call as rows, and what its tiles need to know.
 
     Where routed ``blocks`` differ per head, the heads are folded into the batch (``folded`` of them per batch item, else 1), so
-    that here ``blocks`` is always ``(batch or 1, query_blocks, listed)``.
+    that here ``blocks`` is always ``(batch or 1, query_blocks, listed)``. ``parallel`` chunks are for several threads at once;
+    ``stored`` tells that the scores of a chunk will be.
     """
 
     q: Rows
@@ -300,6 +305,8 @@ class Problem:
     valid: Tensor | None
     blocks: Tensor | None
     folded: int
+    parallel: bool = False
+    stored: bool = False
 
     @property
     def heads(self) -> int:
@@ -315,15 +322,12 @@ class Problem:
         """The one head width of the fused operator."""
         return max(self.q.dim, self.v.dim)
 
-    @property
-    def limit(self) -> int:
-        """Elements of keys to gather at once."""
-        return BUFFER if self.q.rows.device.type == "cpu" else BUFFER * 64
-
-    @property
-    def parallel(self) -> bool:
-        """Whether chunks are for several threads at once."""
-        return self.q.rows.device.type == "cpu"
+    def tiles_at_once(self, tq: int, tk: int) -> int:
+        """How many tiles of ``tq`` queries and ``tk`` keys make a chunk."""
+        limit = BUFFER // (tk * self.k.heads * self.k.dim)
+        if self.stored:
+            limit = min(limit, STORED // (self.heads * tq * tk))
+        return max(1, limit if self.q.rows.device.type == "cpu" else limit * 64)
 
     def fold(self, tensor: Tensor) -> Tensor:
         """``(batch, *grid, heads, dim)`` as ``(batch * heads, *grid, 1, dim)`` where heads are folded."""
@@ -354,6 +358,8 @@ def pose(
     blocks: Tensor | None,
     scale: float,
     narrow: bool = False,
+    parallel: bool = False,
+    stored: bool = False,
 ) -> Problem:
     """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64).
 
@@ -367,21 +373,17 @@ def pose(
     if valid is not None:
         valid = valid.expand(q.shape[0], *valid.shape[1:]).repeat_interleave(folded, 0)
     q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind, role) for t, role in zip((q, k, v), "qkv", strict=True))
-    return Problem(q_rows, k_rows, v_rows, scale, None if table is None else table.to(statistics), valid, blocks, folded)
+    table = None if table is None else table.to(statistics)
+    return Problem(q_rows, k_rows, v_rows, scale, table, valid, blocks, folded, parallel, stored)
 
 
 def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator[Chunk]:
     """Chunks of one part of a static pattern."""
     for group in tables:
-        tiles, tk = group.keys.shape
-        limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
-        bias = None
-        if problem.table is not None and group.offsets is not None:
-            flat = problem.table.flatten(1).index_select(1, group.offsets.reshape(-1))
-            bias = flat.unflatten(1, group.offsets.shape).transpose(0, 1)  # (classes, heads, tq, tk)
-            if group.visible is not None:
-                bias = bias.masked_fill(~group.visible[:, None], -torch.inf)
-        if problem.valid is None and group.views(problem.q.batch):
+        tiles = len(group.keys)
+        limit = problem.tiles_at_once(group.queries.shape[1], group.keys.shape[1])
+        bias = _Bias(problem.table, group) if problem.table is not None and group.offsets is not None else None
+        if problem.valid is None and not problem.stored and group.views(problem.q.batch):
             limit = tiles * problem.q.batch
         whole = max(1, limit // tiles)  # batch items at once
         for item in range(0, problem.q.batch, whole):
@@ -390,27 +392,51 @@ def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator
                 yield _static_chunk(problem, group, bias, item, items, first, last)
 
 
-def _static_chunk(
-    problem: Problem, group: GroupTables, bias: Tensor | None, item: int, items: int, first: int, last: int
-) -> Chunk:
-    def each(values: Tensor) -> Tensor:
-        """Per class to per tile."""
-        if len(values) == 1:
-            return values.expand(items * (last - first), *values.shape[1:])
-        return values[group.kinds[first:last]].repeat(items, *[1] * (values.ndim - 1))
+class _Bias:
+    """The bias of the tiles of a group, in one call; rows of tiles of the same classes share one tensor."""
 
+    def __init__(self, table: Tensor, group: GroupTables) -> None:
+        assert group.offsets is not None
+        flat = table.flatten(1).index_select(1, group.offsets.reshape(-1))
+        self.classes = flat.unflatten(1, group.offsets.shape).transpose(0, 1)  # (classes, heads, tq, tk)
+        if group.visible is not None:
+            self.classes = self.classes.masked_fill(~group.visible[:, None], -torch.inf)
+        self._seen: dict[tuple[bytes, int], Tensor] = {}
+
+    def of(self, group: GroupTables, first: int, last: int, items: int) -> Tensor:
+        """``(items * (last - first), heads, tq, tk)`` of a range of tiles."""
+        key = (group.kind_names[first:last].tobytes(), items)
+        if key not in self._seen:
+            if len(self._seen) >= 4:
+                self._seen.clear()
+            self._seen[key] = _per_tile(self.classes, group, first, last, items)
+        return self._seen[key]
+
+
+def _per_tile(values: Tensor, group: GroupTables, first: int, last: int, items: int) -> Tensor:
+    """What is known per class, for each of a range of tiles in ``items`` batch items."""
+    if len(values) == 1:
+        return values.expand(items * (last - first), *values.shape[1:])
+    of_one = values[group.kinds[first:last]]
+    return of_one if items == 1 else of_one.repeat(items, *[1] * (values.ndim - 1))
+
+
+def _static_chunk(
+    problem: Problem, group: GroupTables, bias: _Bias | None, item: int, items: int, first: int, last: int
+) -> Chunk:
     queries, keys = group.indices(first, last, items)
     queries = replace(queries, base=item * problem.q.tokens)
     keys = replace(keys, base=item * problem.k.tokens)
-    mask = group.mask(first, last, items, problem.statistics) if bias is None else each(bias)
-    blind = None if group.blind is None else each(group.blind)
-    offsets = None if group.offsets is None else each(group.offsets)
+    tiles = (group, first, last, items)
+    mask = group.mask(first, last, items, problem.statistics) if bias is None else bias.of(*tiles)
+    blind = None if group.blind is None else _per_tile(group.blind, *tiles)
+    kinds = None if group.offsets is None else group.kinds[first:last].repeat(items)
     causal = group.causal and problem.valid is None
     if problem.valid is not None:
         if group.causal:
             mask = triangle(problem.q.tokens, problem.k.tokens, problem.statistics, problem.q.rows.device)
         mask, blind = _with_valid(mask, problem.valid.reshape(-1)[keys.base :][keys.rows], problem.statistics)
-    return Chunk(queries, keys, mask, blind, offsets, causal)
+    return Chunk(queries, keys, mask, blind, group.offsets, kinds, causal)
 
 
 def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -430,7 +456,7 @@ def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int],
     ordered = blocks.sort(-1).values
     ordered[..., 1:].masked_fill_(ordered[..., 1:] == ordered[..., :-1], -1)  # a block listed twice counts once
     tq, tk = q_tokens.shape[1], listed * k_tokens.shape[1]
-    limit = max(1, problem.limit // (tk * problem.k.heads * problem.k.dim))
+    limit = problem.tiles_at_once(tq, tk)
     uneven = not bool(q_real.all())
     for item in range(problem.q.batch):
         table = ordered[item % batch if batch > 1 else 0]
@@ -462,7 +488,7 @@ def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, proble
         mask, _ = _with_valid(None, seen, problem.statistics)
         blind = ~seen.any(1, keepdim=True).expand(-1, tq)
         mask = mask.expand(-1, 1, tq, -1)
-    return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind, None)
+    return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind)
 
 
 @lru_cache(maxsize=64)

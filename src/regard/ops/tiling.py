@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 
@@ -126,9 +126,9 @@ def tile_plan(
     chosen: list[tuple[int, ...]] = []
     plans = []
     for part in parts:
-        build = [_axis_builder(part[a], a, rank, *axes[a], bias) for a in range(rank)]
-        size = tile or _cheapest(build)
-        groups = [build[a](size[a]) for a in range(rank)]
+        cuts = [_axis_cuts(part[a], a, rank, *axes[a], bias) for a in range(rank)]
+        size = tile or _cheapest(cuts)
+        groups = [cuts[a].tiles(size[a]) for a in range(rank)]
         if all(groups):  # an axis on which nothing is visible empties the part
             plans.append(
                 tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups))
@@ -138,8 +138,18 @@ def tile_plan(
     return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(padded))
 
 
-def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], bias):
-    """A function from tile size to the tiles of one axis (an empty list where nothing is visible)."""
+@dataclass(frozen=True, eq=False)
+class AxisCuts:
+    """How an axis can be cut: ``shapes`` gives the ``(tiles, tq, tk)`` of every group of tiles of a size, ``tiles`` the groups.
+
+    ``tiles`` is empty where nothing is visible.
+    """
+
+    shapes: Callable[[int], list[tuple[int, int, int]]]
+    tiles: Callable[[int], list[AxisTiles]]
+
+
+def _axis_cuts(literals, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], bias) -> AxisCuts:
     base = _narrowest(literals, axis, rank, queries, length, first)
     position = np.arange(first, first + queries)
     window = base.axis_window(axis, position, length, rank)
@@ -147,35 +157,42 @@ def _axis_builder(literals, axis: int, rank: int, queries: int, length: int, fir
     step_size = int(step[0])
 
     @cache
-    def build(size: int) -> list[AxisTiles]:
-        tiles = []  # (query indices, first key, past the last key, residue)
-        even = []  # whether all queries of the tile see the same keys
+    def cut(size: int) -> list[list[tuple[np.ndarray, int, int, int, bool]]]:
+        """Groups of tiles: query indices, first key, past the last key, residue, whether all queries see the same keys."""
+        tiles = []
         for residue in np.unique(start % step_size):
             members = np.nonzero(start % step_size == residue)[0]
             low = (start[members] - residue) // step_size
             high = low + count[members]
-            for chunk in _split(low, high, size):
-                tiles.append((members[chunk], int(low[chunk].min()), int(high[chunk].max()), int(residue)))
-                even.append(bool(np.ptp(low[chunk]) == 0 and np.ptp(high[chunk]) == 0))
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for i, (members, low_, high_, _) in enumerate(tiles):
-            band = math.ceil(2 * math.log2(max(high_ - low_, 1)))
-            shapes.setdefault((len(members), band if _ragged(tiles) else 0), []).append(i)
-        groups = []
-        for chosen in shapes.values():
-            some = [tiles[i] for i in chosen]
-            spans = {high_ - low_ for _, low_, high_, _ in some}
-            full = len(literals) == 1 and len(spans) == 1 and all(even[i] for i in chosen)
-            groups.append(_axis_tiles(some, step_size, full, literals, axis, rank, length, first, zeros, bias))
-        if not any(group.mask.any() for group in groups):
-            return []
-        return groups
+            chunks = _split(low, high, size)
+            firsts = [chunk[0] for chunk in chunks]
+            begins, ends = np.minimum.reduceat(low, firsts), np.maximum.reduceat(high, firsts)
+            even = (begins == np.maximum.reduceat(low, firsts)) & (ends == np.minimum.reduceat(high, firsts))
+            for chunk, begin, end, same in zip(chunks, begins.tolist(), ends.tolist(), even.tolist(), strict=True):
+                tiles.append((members[chunk], begin, end, int(residue), same))
+        ragged = _ragged(tiles)
+        groups: dict[tuple[int, int], list] = {}
+        for tile in tiles:
+            band = math.ceil(2 * math.log2(max(tile[2] - tile[1], 1))) if ragged else 0
+            groups.setdefault((len(tile[0]), band), []).append(tile)
+        return list(groups.values())
 
-    return build
+    def shapes(size: int) -> list[tuple[int, int, int]]:
+        return [(len(some), len(some[0][0]), max(high - low for _, low, high, *_ in some)) for some in cut(size)]
+
+    def build(size: int) -> list[AxisTiles]:
+        groups = []
+        for some in cut(size):
+            spans = {high - low for _, low, high, *_ in some}
+            full = len(literals) == 1 and len(spans) == 1 and all(even for *_, even in some)
+            groups.append(_axis_tiles(some, step_size, full, literals, axis, rank, length, first, zeros, bias))
+        return groups if any(group.mask.any() for group in groups) else []
+
+    return AxisCuts(shapes, build)
 
 
 def _ragged(tiles) -> bool:
-    spans = [high - low for _, low, high, _ in tiles]
+    spans = [high - low for _, low, high, *_ in tiles]
     return max(spans) > 2 * max(min(spans), 1)
 
 
@@ -214,34 +231,56 @@ def _axis_tiles(
     """Tiles of one number of queries; ``full`` says that every query sees all keys of its tile."""
     before, after = zeros
     queries = np.stack([members for members, *_ in tiles])
-    width = max(high - low for _, low, high, _ in tiles)
-    residue = np.array([r for *_, r in tiles])
+    width = max(high - low for _, low, high, *_ in tiles)
+    residue = np.array([r for _, _, _, r, _ in tiles])
     lowest = -((before + residue) // step)  # first and past-the-end key of each residue class
     highest = (length + after - 1 - residue) // step + 1
-    begin = np.maximum(np.minimum([low for _, low, _, _ in tiles], highest - width), lowest)
+    begin = np.maximum(np.minimum([low for _, low, *_ in tiles], highest - width), lowest)
     slots = begin[:, None] + np.arange(width)
     real = slots < highest[:, None]
     slots = np.minimum(slots, highest[:, None] - 1)
     k_pos = slots * step + residue[:, None]
     q_pos = queries + first
-    shape = (len(tiles), queries.shape[1], width)
+    alike, kind_of = _alike(q_pos, k_pos[:, 0], real.sum(1), literals, axis, rank, length, bias)
+    keys, q_pos, k_pos, real = k_pos + before, q_pos[alike, :, None], k_pos[alike, None, :], real[alike]
+    shape = (len(alike), queries.shape[1], width)
     if full and real.all():
-        mask = np.ones((len(tiles), 1, 1), dtype=bool)
+        mask = np.ones((len(alike), 1, 1), dtype=bool)
     else:
         mask = np.broadcast_to(real[:, None, :], shape).copy()
         for pattern, positive in sorted(literals, key=repr):
-            seen = pattern.axis_visible(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
+            seen = pattern.axis_visible(axis, q_pos, k_pos, length, rank)
             mask &= np.broadcast_to(seen, shape) == positive
-    offsets = np.zeros((len(tiles), 1, 1), dtype=np.int64)
+    offsets = np.zeros((len(alike), 1, 1), dtype=np.int64)
     if bias is not None:
         pattern, sizes = bias
         extent = sizes[axis] // 2
-        steps = pattern.offset(axis, q_pos[:, :, None], k_pos[:, None, :], length, rank)
+        steps = pattern.offset(axis, q_pos, k_pos, length, rank)
         offsets = np.broadcast_to(np.where(mask, np.clip(steps, -extent, extent) + extent, 0), shape)
     classes: dict[bytes, int] = {}
     kinds = np.array([classes.setdefault(m.tobytes() + o.tobytes(), len(classes)) for m, o in zip(mask, offsets, strict=True)])
     index = np.unique(kinds, return_index=True)[1]
-    return AxisTiles(queries, k_pos + before, kinds, mask[index], offsets[index])
+    return AxisTiles(queries, keys, kinds[kind_of], mask[index], offsets[index])
+
+
+def _alike(
+    q_pos: np.ndarray, first_key: np.ndarray, real: np.ndarray, literals, axis: int, rank: int, length: int, bias
+) -> tuple[np.ndarray, np.ndarray]:
+    """One tile of each kind of tiles ``(tiles, tq)`` that must look alike, and which of them every tile is like.
+
+    Seen from the first key of the tile, the windows of alike tiles begin and end at the same places, as many keys exist, and
+    the offsets begin with the same one.
+    """
+    base = first_key[:, None]
+    told = [real[:, None]]
+    for pattern, _ in sorted(literals, key=repr):
+        start, count, step = pattern.axis_window(axis, q_pos, length, rank)
+        told += [np.broadcast_to(np.asarray(x), q_pos.shape) for x in (start - base, count, step)]
+    if bias is not None:
+        told += [q_pos - base, np.broadcast_to(np.asarray(bias[0].offset(axis, q_pos, base, length, rank)), q_pos.shape)]
+    kinds: dict[bytes, int] = {}
+    kind_of = np.array([kinds.setdefault(tile.tobytes(), len(kinds)) for tile in np.concatenate(told, 1).astype(np.int64)])
+    return np.unique(kind_of, return_index=True)[1], kind_of
 
 
 def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGroup:
@@ -280,12 +319,10 @@ def _outer_pairs(operation, a: np.ndarray, a_tile, b: np.ndarray, b_tile) -> np.
     return both.reshape(len(a) * len(b), a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
 
 
-def _cheapest(build) -> tuple[int, ...]:
+def _cheapest(cuts: Sequence[AxisCuts]) -> tuple[int, ...]:
     """The tile sizes of least estimated cost."""
-    sizes = {1: (8, 16, 32, 64, 128), 2: (2, 4, 7, 8, 14, 16), 3: (1, 2, 4, 8)}.get(len(build), (1, 2, 4))
-    shapes = [
-        {s: [(len(t.queries), t.queries.shape[1], t.keys.shape[1]) for t in b(s)] for s in sizes} for b in build
-    ]  # fmt: skip
+    sizes = {1: (8, 16, 32, 64, 128), 2: (2, 4, 7, 8, 14, 16), 3: (1, 2, 4, 8)}.get(len(cuts), (1, 2, 4))
+    shapes = [{size: axis.shapes(size) for size in sizes} for axis in cuts]
 
     def cost(choice: tuple[int, ...]) -> float:
         total = 0.0
@@ -294,4 +331,4 @@ def _cheapest(build) -> tuple[int, ...]:
             total += tiles * (tq * tk * PAIR + (tq + tk) * ROW + TILE)
         return total
 
-    return min(itertools.product(sizes, repeat=len(build)), key=cost)
+    return min(itertools.product(sizes, repeat=len(cuts)), key=cost)

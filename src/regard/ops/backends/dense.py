@@ -1,6 +1,7 @@
 """Dense attention with a mask: torch's scaled_dot_product_attention, on any device.
 
-Cost: all pairs of queries and keys, whatever the pattern; the mask and the bias are materialised.
+Cost: all pairs of queries and keys, whatever the pattern; the mask and the bias are materialised. That operator does not give
+its log-sum-exp: where it is asked for, some queries at a time run by the definition, and again in the backward.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..call import Call
 from ..patterns import Causal
+from ..tile_attention import SCORES
 from . import reference
 
 
@@ -22,7 +25,7 @@ def supports(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.need_lse:
-        return reference.run(call)
+        return _run_rows(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
     width = v.shape[-1]
     if q.device.type == "cpu" and q.shape[-1] != width:
@@ -45,6 +48,21 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2).unflatten(1, call.q_grid), None
+
+
+def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The definition for as many queries at a time as leave ``SCORES`` scores; a graph under trace or transform takes all."""
+    each = max(1, SCORES // (call.batch * call.heads * call.keys))
+    if each >= call.queries or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return reference.run(call)
+    parts = []
+    for rows in torch.arange(call.queries, device=call.q.device).split(each):
+        if call.needs_grad:
+            parts.append(checkpoint(reference.attend_rows, call, rows, use_reentrant=False))
+        else:
+            parts.append(reference.attend_rows(call, rows))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1).unflatten(1, call.q_grid), torch.cat(lses, 1).unflatten(1, call.q_grid)
 
 
 def may_be_empty(call: Call) -> bool:

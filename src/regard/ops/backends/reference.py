@@ -45,10 +45,15 @@ def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    weights, lse = normalise(logits(call))
+    out, lse = attend_rows(call)
+    return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid) if call.need_lse else None
+
+
+def attend_rows(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output ``(batch, rows, heads, value_dim)`` and log-sum-exp ``(batch, rows, heads)`` of some queries, by default all."""
+    weights, lse = normalise(logits(call, rows))
     weights = F.dropout(weights, call.dropout)
     v = call.v.flatten(1, -3).to(weights.dtype).repeat_interleave(call.heads // call.v.shape[-2], 2)
     with exactly(v.device):
         out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
-    rows = lse.transpose(1, 2).unflatten(1, call.q_grid) if call.need_lse else None
-    return out.unflatten(1, call.q_grid), rows
+    return out, lse.transpose(1, 2)

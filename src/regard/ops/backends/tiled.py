@@ -15,7 +15,6 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from threading import Lock
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from ..call import Call
 from ..merging import merge
 from ..patterns import Blocks, Ints, Tokens
 from ..pool import run_all
-from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
+from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, fused_backward, narrow_products
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
 from ..tiling import TileGroup, TilePlan, tile_plan
 from . import dense, reference
@@ -34,6 +33,9 @@ from .operators import complete, differentiated, lse_like
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
+SHARED_FLOPS = 4e8
+"""From so much work on, the chunks of a forward are shared out over threads. Below, and in the backward, torch's own threads
+split each operator: inside a model they still spin when a pool begins."""
 
 
 def supports(call: Call) -> str | None:
@@ -149,13 +151,18 @@ def tiled_attention(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
+    flops = _flops(
+        *(None if t is None else t.shape for t in (q, k, v, table, valid, blocks)), block, spec, bias_spec, q_start, zeros
+    )
+    parallel = q.device.type == "cpu" and flops >= SHARED_FLOPS
     with torch.autocast(q.device.type, enabled=False):
         if not need_lse and narrow_products(q):
-            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True)
+            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True, parallel=parallel)
             parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
             if len(parts) == 1:
                 return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
-        out, lse = _attend(pose(q, k, v, table, valid, blocks, scale), q, k, v, block, spec, bias_spec, q_start, zeros)
+        problem = pose(q, k, v, table, valid, blocks, scale, parallel=parallel)
+        out, lse = _attend(problem, q, k, v, block, spec, bias_spec, q_start, zeros)
         return out, lse if need_lse else lse.new_empty(0)
 
 
@@ -242,7 +249,8 @@ def tiled_attention_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
-    problem = pose(q, k, v, table, valid, blocks, scale)
+    stored = not fused_backward(q, grad_lse is not None or need_table)
+    problem = pose(q, k, v, table, valid, blocks, scale, stored=stored)
     parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
     with torch.autocast(q.device.type, enabled=False):
         (dq, dk, dv), grad_table = _gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
@@ -273,10 +281,10 @@ def _gradients(
     alone = len(parts) == 1 and problem.blocks is None
     grads = [(torch.empty_like if alone else torch.zeros_like)(problem.q.rows)]
     grads += [torch.zeros_like(t.rows) for t in (problem.k, problem.v)]
-    grad_table = torch.zeros_like(problem.table.flatten(1)) if need_table and problem.table is not None else None
+    grad_table = _TableGradient(problem.table) if need_table and problem.table is not None else None
     for chunks in parts:
         _backward(problem, chunks, saved, grads, grad_table, len(parts) == 1)
-    return grads, grad_table
+    return grads, None if grad_table is None else grad_table.finish()
 
 
 @dataclass
@@ -290,14 +298,12 @@ class Saved:
 
 
 def _backward(
-    problem: Problem, chunks: Iterator[Chunk], saved: Saved, grads: list[Tensor], grad_table: Tensor | None, alone: bool
+    problem: Problem, chunks: Iterator[Chunk], saved: Saved, grads: list[Tensor], grad_table: _TableGradient | None, alone: bool
 ) -> None:
     """Add the gradients of one part; ``alone`` when no other part shows keys to the same queries."""
     heads, width = problem.heads, problem.width
     grad_q, grad_k, grad_v = grads
-    adding = Lock()  # neighbouring tiles share keys
-
-    def go_back(chunk: Chunk) -> None:
+    for chunk in chunks:
         q, k, v = (t.gather(i, heads, width) for t, i in zip(*_operands(problem, chunk), strict=True))
         grad, out = (t.gather(chunk.queries, heads, width) for t in (saved.grad, saved.out))
         lse = chunk.queries.take(saved.lse).transpose(1, 2)
@@ -312,13 +318,10 @@ def _backward(
             chunk.queries.put(grad_q, dq)
         else:
             chunk.queries.add(grad_q, dq)
-        with adding:
-            chunk.keys.add(grad_k, dk)
-            chunk.keys.add(grad_v, dv)
-            if grad_table is not None and scores is not None and chunk.offsets is not None:
-                _add_to_table(grad_table, scores, chunk.offsets)
-
-    run_all(go_back, chunks, problem.parallel)
+        chunk.keys.add(grad_k, dk)
+        chunk.keys.add(grad_v, dv)
+        if grad_table is not None and scores is not None:
+            grad_table.add(chunk, scores)
 
 
 def _operands(problem: Problem, chunk: Chunk) -> tuple[tuple[Rows, Rows, Rows], tuple[Index, Index, Index]]:
@@ -326,14 +329,36 @@ def _operands(problem: Problem, chunk: Chunk) -> tuple[tuple[Rows, Rows, Rows], 
     return (problem.q, problem.k, problem.v), (chunk.queries, chunk.keys, chunk.keys)
 
 
-def _add_to_table(grad_table: Tensor, scores: Tensor, offsets: Tensor) -> None:
-    """Sum the gradient of the scores ``(n, heads, tq, tk)`` per offset."""
-    if offsets.stride(0) == 0:  # all tiles of one class
-        scores, offsets = scores.sum(0, keepdim=True), offsets[:1]
-    flat = scores.transpose(0, 1).reshape(scores.shape[1], -1)
-    if len(grad_table) == 1:
-        flat = flat.sum(0, keepdim=True)
-    grad_table.index_add_(1, offsets.reshape(-1), flat)
+class _TableGradient:
+    """The gradient of a bias table, summed per class of tiles before it is summed per offset."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = torch.zeros_like(table.flatten(1))
+        self._offsets: Tensor | None = None
+        self._sums: Tensor | None = None
+
+    def add(self, chunk: Chunk, scores: Tensor) -> None:
+        """Add the gradient of the scores ``(n, heads, tq, tk)`` of a chunk."""
+        assert chunk.offsets is not None
+        assert chunk.kinds is not None
+        if chunk.offsets is not self._offsets:
+            self.finish()
+            self._offsets, self._sums = chunk.offsets, scores.new_zeros(len(chunk.offsets), *scores.shape[1:])
+        assert self._sums is not None
+        if len(self._sums) == 1:
+            self._sums += scores.sum(0)
+        else:
+            self._sums.index_add_(0, chunk.kinds, scores)
+
+    def finish(self) -> Tensor:
+        """The gradient ``(heads or 1, offsets)``."""
+        if self._offsets is not None and self._sums is not None:
+            sums = self._sums.transpose(0, 1).flatten(1)
+            if len(self.table) == 1:
+                sums = sums.sum(0, keepdim=True)
+            self.table.index_add_(1, self._offsets.reshape(-1), sums)
+            self._offsets = self._sums = None
+        return self.table
 
 
 def _pairs(q_shape, k_shape, block, blocks_shape, spec, q_start, zeros) -> int:
@@ -342,8 +367,7 @@ def _pairs(q_shape, k_shape, block, blocks_shape, spec, q_start, zeros) -> int:
     return _plan_of(spec, tuple(q_shape[1:-2]), tuple(k_shape[1:-2]), q_start, zeros).computed_pairs
 
 
-def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse, *, out_shape=None,
-           **_) -> int:  # fmt: skip
+def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, *_, **__) -> int:
     pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
     return 2 * q[0] * q[-2] * pairs * (q[-1] + v[-1])
 

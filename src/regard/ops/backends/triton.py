@@ -11,6 +11,7 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691; Hassani et al., Generalized Nei
 
 from __future__ import annotations
 
+import contextvars
 import importlib.util
 import math
 import operator
@@ -18,6 +19,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,20 @@ from torch import Tensor
 
 from ..call import Call
 from ..patterns import Blocks, Separable, Tokens
-from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, window_walk
+from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 from .operators import complete, differentiated, lse_like
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 LOG2_E = 1.4426950408889634
 COPIES = 16
 """Tables that take turns in summing the gradient of a bias, so that fewer atomic sums meet."""
+
+DESCRIPTORS = False
+"""Whether boxes of keys are read by tensor descriptors where chip, strides and pattern allow (see :meth:`Problem.describable`).
+
+Each program writes two descriptors before its walk, which short walks may not earn back: unmeasured, so pointers are the
+default; ``benchmarks/gpu/run.py`` measures both.
+"""
 
 SIZES: dict[str, dict[str, tuple[tuple[int, Sizes], ...]]] = {
     "forward": {
@@ -49,7 +58,7 @@ SIZES: dict[str, dict[str, tuple[tuple[int, Sizes], ...]]] = {
         "single": ((64, ((64, 32, 4),)), (128, ((32, 32, 4),)), (256, ((16, 16, 4),))),
     },
     "keys": {
-        "half": ((64, ((128, 64, 8), (64, 32, 4))), (128, ((128, 32, 8), (64, 32, 8))), (256, ((64, 16, 8),))),
+        "half": ((64, ((128, 32, 8), (64, 32, 8))), (128, ((128, 32, 8), (64, 32, 8))), (256, ((64, 16, 8),))),
         "half, biased": ((64, ((128, 32, 8),)), (128, ((128, 32, 8),)), (256, ((64, 16, 8),))),
         "single": ((64, ((32, 32, 4),)), (128, ((32, 16, 4),)), (256, ((16, 16, 4),))),
     },
@@ -212,6 +221,22 @@ class Problem:
         rows = (heads * number if batch > 1 else 0, number if heads > 1 else 0)
         return members.int(), begins.int(), *rows
 
+    def describable(self, walk: Walk) -> bool:
+        """Whether boxes of keys and values can be read by tensor descriptors.
+
+        A chip of compute capability 9.0, addresses and strides of whole 16 bytes, and boxes that hold nothing else that exists
+        and is not to be seen: no missing keys, no parts of further blocks.
+        """
+        if not _describes(self.q.device) or self.valid is not None:
+            return False
+        if self.block and any(n % size for n, size in zip(three(self.block), walk.box, strict=True)):
+            return False
+        return all(
+            t.data_ptr() % 16 == 0
+            and all(t.stride(i) * t.element_size() % 16 == 0 for i in (0, 1, 2) if i == 1 or t.shape[i] > 1)
+            for t in (self.k, self.v)
+        )
+
     def arguments(self, name: str, out: Tensor, lse: Tensor) -> tuple[list, dict, tuple[int, int]]:
         """Arguments and constants that the kernels share, and the number of tiles and of warps."""
         walk, q, k, v = self.walk(name), self.q, self.k, self.v
@@ -230,7 +255,8 @@ class Problem:
             q.shape[2], q.shape[2] // k.shape[2], bias_h, valid_b, list_b, list_h,
         ]  # fmt: skip
         full = walk.full if self.valid is None else 0
-        farthest = max((t.shape[1] - 1) * t.stride(1) + t[0, 0].numel() for t in (q, k, v, out))
+        # an expanded tensor spans little, its gradient spans all
+        farthest = max(max((t.shape[1] - 1) * t.stride(1), 0) + t[0].numel() for t in (q, k, v, out))
         constants = {
             "D": q.shape[3], "DV": v.shape[3], "BLOCK_D": _power(q.shape[3]), "BLOCK_V": _power(v.shape[3]),
             **{f"T{a}": n for a, n in enumerate(walk.tile)}, **{f"B{a}": n for a, n in enumerate(walk.box)},
@@ -238,6 +264,8 @@ class Problem:
             "ROUTED": self.blocks is not None, "FIRST": 0 if full else 1, "LAST": 1 if full == walk.boxes else 2,
             "WIDE": farthest >= 2**31, "PRECISION": precision(q.dtype),
         }  # fmt: skip
+        if name != "keys":  # whose registers are full without
+            constants["DESCRIBED"] = DESCRIPTORS and self.describable(walk)
         return arguments, constants, (walk.programs, walk.warps)
 
 
@@ -291,8 +319,7 @@ def triton_attention(
     problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
     out, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
     arguments, constants, (tiles, warps) = problem.arguments("forward", out.flatten(1, -3), lse)
-    with _on(q):
-        attention.forward[(tiles * len(q) * q.shape[-2],)](*arguments, **constants, num_warps=warps, num_stages=2)
+    _launch(attention.forward, tiles * len(q) * q.shape[-2], arguments, constants, warps)
     return out, lse if need_lse else lse.new_empty(0)
 
 
@@ -327,22 +354,36 @@ def triton_attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     own = [grad_out, lse if grad_lse is None else grad_lse, delta, dq, dtable, COPIES, dtable[:1].numel(), scale]
     wanted = {"GRAD_LSE": grad_lse is not None, "GRAD_BIAS": need_table}
-    with _on(q):
-        attention.backward_queries[(tiles * len(q) * q.shape[-2],)](
-            *arguments, *own, **constants, **wanted, num_warps=warps, num_stages=2
-        )
-        arguments, constants, (tiles, warps) = problem.arguments("keys", out.flatten(1, -3), lse)
-        attention.backward_keys[(tiles * len(k) * k.shape[-2],)](
-            *arguments, grad_out, delta, dk, dv, scale, **constants, num_warps=warps, num_stages=2
-        )
+    _launch(attention.backward_queries, tiles * len(q) * q.shape[-2], arguments + own, constants | wanted, warps)
+    arguments, constants, (tiles, warps) = problem.arguments("keys", out.flatten(1, -3), lse)
+    own = [grad_out, delta, dk, dv, scale]
+    _launch(attention.backward_keys, tiles * len(k) * k.shape[-2], arguments + own, constants, warps)
     if not need_table or table is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, dtable.sum(0).view(table.shape).to(table.dtype)
 
 
-def _on(tensor: Tensor):
-    """Kernels start on the current device: make it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+def _launch(kernel, programs: int, arguments: list, constants: dict, warps: int) -> None:
+    """Start a kernel on the device of its operands; its descriptors get memory without touching anyone else's allocator."""
+    device = arguments[0].device
+    start = partial(kernel[(programs,)], *arguments, **constants, num_warps=warps, num_stages=2)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if not constants.get("DESCRIBED"):
+            start()
+            return
+        import triton
+
+        def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+            return torch.empty(size, dtype=torch.int8, device=device)
+
+        context = contextvars.copy_context()
+        context.run(triton.set_allocator, workspace)
+        context.run(start)
+
+
+def _describes(device: torch.device) -> bool:
+    """Whether a device has tensor descriptors. The interpreter follows them by pointers."""
+    return interpreted() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _pairs(name: str, q, k, v, table, blocks, block, spec, bias_spec, q_start, zeros) -> int:

@@ -96,11 +96,23 @@ class Blocks(_Routed):
     def degree(self, q_grid, k_grid=None, q_start=None):
         k_grid = tuple(k_grid or q_grid)
         self.check(q_grid, k_grid)
-        k_block = flat_block(grid_positions(k_grid, None, self.table.device), self.block, self.block_grid(k_grid))
-        sizes = torch.bincount(k_block, minlength=math.prod(self.block_grid(k_grid)))
-        counts = (self.pairs(k_grid) * sizes).sum(-1)
+        counts = (self.pairs(k_grid) * self._block_sizes(k_grid)).sum(-1)
         q_block = flat_block(grid_positions(q_grid, q_start, self.table.device), self.block, self.block_grid(q_grid))
         return counts[..., q_block].unflatten(-1, tuple(q_grid))
+
+    def even_pairs(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> int:
+        """Pairs of a batch item and head if the table listed all blocks equally often, none twice; needs only its size."""
+        blocks = math.prod(self.block_grid(k_grid))
+        return math.prod(q_grid) * min(self.table.shape[-1], blocks) * math.prod(k_grid) // blocks
+
+    def _block_sizes(self, grid: Sequence[int]) -> Tensor:
+        """Tokens of each block, ``(blocks,)``."""
+        sizes = torch.ones(1, dtype=torch.int64, device=self.table.device)
+        for axis, n in enumerate(grid):
+            block = per_axis(self.block, axis)
+            along = (n - torch.arange(0, n, block, device=self.table.device)).clamp(max=block)
+            sizes = (sizes[:, None] * along).flatten()
+        return sizes
 
     def __repr__(self):
         return f"Blocks(table{tuple(self.table.shape)}, block={self.block!r})"

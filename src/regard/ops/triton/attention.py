@@ -5,7 +5,8 @@
 
 A program owns one tile and walks the boxes of the other side that :mod:`.boxes` counted: first the full ones, without a mask,
 then the others, where a key is visible between the lower and the upper bound of each axis. Routed blocks walk a list of
-blocks instead. Statistics and sums are float32; nothing of the size of queries times keys is stored.
+blocks instead. Boxes of keys are read by pointers, or by tensor descriptors of what the tile needs, strided over its class of
+tokens. Statistics and sums are float32; nothing of the size of queries times keys is stored.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691; Hassani et al., arXiv:2504.16922; both passes follow them in the mathematics.
 """
@@ -137,6 +138,42 @@ def _listed(plan, ranges, row, x, B0: tl.constexpr, B1: tl.constexpr, B2: tl.con
 
 
 @triton.jit
+def _walk(plan, ranges, row, tile, start, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, AXES: tl.constexpr,
+          ROUTED: tl.constexpr):  # fmt: skip
+    """The boxes of a tile: first place, limit, number, first full one and full ones on each axis; where a list of blocks begins
+    and how many boxes it names; and the token that places are counted from."""
+    if ROUTED:
+        begin, listed = _listed(plan, ranges, row, start, B0, B1, B2, AXES)
+        return (0, 0, 0), _three(plan, 27, 1, AXES), (0, 0, 0), (0, 0, 0), (0, 0, 0), begin, listed, 0
+    else:
+        lo, hi, some = _field(plan, 3, tile, 0, AXES), _field(plan, 4, tile, 1, AXES), _field(plan, 5, tile, 1, AXES)
+        f, m, origin = _field(plan, 6, tile, 0, AXES), _field(plan, 7, tile, 1, AXES), _field(plan, 8, tile, 0, AXES)
+        return lo, hi, some, f, m, 0, 0, origin[0] + origin[1] + origin[2]
+
+
+@triton.jit
+def _number(walk, PARTIAL: tl.constexpr, ROUTED: tl.constexpr):
+    """How many boxes are walked: the listed ones, those that are not full, or the full ones."""
+    full = walk[4][0] * walk[4][1] * walk[4][2]
+    if ROUTED:
+        return walk[6]
+    elif PARTIAL:
+        return walk[2][0] * walk[2][1] * walk[2][2] - full
+    else:
+        return full
+
+
+@triton.jit
+def _box(i, walk, plan, members, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, AXES: tl.constexpr,
+         PARTIAL: tl.constexpr, ROUTED: tl.constexpr):  # fmt: skip
+    """First place and limit of the ``i``-th box of a :func:`_walk`."""
+    if ROUTED:
+        return _listed_box(i, plan, members + walk[5], B0, B1, B2, AXES)
+    else:
+        return _window_box(i, walk[0], walk[1], walk[2], walk[3], walk[4], B0, B1, B2, PARTIAL)
+
+
+@triton.jit
 def _rows(base, token, stride, real, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows ``(tokens, BLOCK)`` of which ``WIDTH`` numbers exist; zeros where a token is not real."""
     column = tl.arange(0, BLOCK)
@@ -151,6 +188,43 @@ def _rows(base, token, stride, real, WIDTH: tl.constexpr, BLOCK: tl.constexpr, M
             return tl.load(pointers)
         else:
             return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _view(base, limit, step, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+          B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, AXES: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """What boxes are read from: a descriptor of the tokens below ``limit``, or where they are read by pointers, ``base``.
+
+    ``step`` is in tokens, ``stride`` in numbers from token to token.
+    """
+    if DESCRIBED:
+        n0, n1, n2 = tl.maximum(limit[0], 1), tl.maximum(limit[1], 1), tl.maximum(limit[2], 1)
+        wide = tl.cast(stride, tl.int64)
+        s0, s1, s2 = step[0] * wide, step[1] * wide, step[2] * wide
+        if AXES == 1:
+            return tl.make_tensor_descriptor(base, [n2, WIDTH], [s2, 1], [B2, BLOCK])
+        elif AXES == 2:
+            return tl.make_tensor_descriptor(base, [n1, n2, WIDTH], [s1, s2, 1], [B1, B2, BLOCK])
+        else:
+            return tl.make_tensor_descriptor(base, [n0, n1, n2, WIDTH], [s0, s1, s2, 1], [B0, B1, B2, BLOCK])
+    else:
+        return base
+
+
+@triton.jit
+def _box_rows(view, corner, box, token, stride, real, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+              B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, AXES: tl.constexpr,
+              MASKED: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """Rows ``(tokens, BLOCK)`` of the box at ``corner`` of a :func:`_view`, ``box`` tokens from its base; 0 past its limit."""
+    if DESCRIBED:
+        if AXES == 1:
+            return view.load([corner[2], 0])
+        elif AXES == 2:
+            return view.load([corner[1], corner[2], 0]).reshape(B1 * B2, BLOCK)
+        else:
+            return view.load([corner[0], corner[1], corner[2], 0]).reshape(B0 * B1 * B2, BLOCK)
+    else:
+        return _rows(view + box * stride, token, stride, real, WIDTH, BLOCK, MASKED)
 
 
 @triton.jit
@@ -190,6 +264,56 @@ def _between(key, low, high, AXES: tl.constexpr):
 
 
 @triton.jit
+def _sight(inside, there, corner, low, high, valid, AXES: tl.constexpr, VALID: tl.constexpr, ROUTED: tl.constexpr):
+    """Which keys of a box exist, and the pairs ``(queries, keys)`` that are visible; ``valid`` points at its keys."""
+    if VALID:
+        there = there & (tl.load(valid, mask=there, other=0) != 0)
+    if ROUTED:
+        return there, there[None, :]
+    else:
+        seen = _between(inside, _minus(low, corner), _minus(high, corner), AXES)
+        if VALID:
+            seen = seen & there[None, :]
+        return there, seen
+
+
+@triton.jit
+def _own(plan, heads, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, AXES: tl.constexpr):
+    """The tile of this program, its batch item and head, first slot, places, and which of them are real.
+
+    Places past the end of a tile repeat its last one.
+    """
+    n = _three(plan, 0, 1, AXES)
+    pid = tl.program_id(0)
+    tile = _split(pid % (n[0] * n[1] * n[2]), n[1], n[2])
+    item = pid // (n[0] * n[1] * n[2])
+    start, count = _field(plan, 0, tile, 0, AXES), _field(plan, 1, tile, 1, AXES)
+    place = _places(T0, T1, T2)
+    real = _below(place, count)
+    return tile, (item // heads).to(tl.int64), (item % heads).to(tl.int64), start, _at_most(place, count), real
+
+
+@triton.jit
+def _own_queries(q, plan, tile, b, h, heads, place, real, q_b, q_t, q_h, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 AXES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Rows of a tile of queries, their tokens from its first one, and the row of that one in ``(batch, tokens, heads)``."""
+    origin = _field(plan, 2, tile, 0, AXES)
+    origin = origin[0] + origin[1] + origin[2]
+    token = _tokens(place, _three(plan, 6, 0, AXES), WIDE)
+    queries = _rows(q + b * q_b + h * q_h + origin.to(tl.int64) * q_t, token, q_t, real, D, BLOCK_D, False)
+    return queries, token, (b * tl.load(plan + 18) + origin) * heads + h
+
+
+@triton.jit
+def _bounds(plan, slot, AXES: tl.constexpr, ROUTED: tl.constexpr):
+    """Lower and upper bounds of slots; none where blocks are listed."""
+    if ROUTED:
+        return (0, 0, 0), (0, 0, 0)
+    else:
+        return _of_slots(plan, 0, slot, AXES), _of_slots(plan, 1, slot, AXES)
+
+
+@triton.jit
 def _bytes(low, high, first, there):
     """Bounds relative to the first key of a tile, which has at most 128 keys, in a byte each; none where not ``there``."""
     low, high = tl.minimum(tl.maximum(low - first, 0), 255), tl.minimum(tl.maximum(high - first, 0), 255)
@@ -226,41 +350,20 @@ def forward(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     AXES: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, ROUTED: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries and one head.
 
     ``scale``, which is positive, and ``bias`` include log2(e). Full boxes are walked where ``FIRST`` is 0, the others where
     ``LAST`` is 2.
     """
-    n = _three(plan, 0, 1, AXES)
-    pid = tl.program_id(0)
-    tile = _split(pid % (n[0] * n[1] * n[2]), n[1], n[2])
-    item = pid // (n[0] * n[1] * n[2])
-    b, h = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
-
-    # queries past the end of a tile repeat its last one
-    start, count = _field(plan, 0, tile, 0, AXES), _field(plan, 1, tile, 1, AXES)
-    place = _places(T0, T1, T2)
-    real = _below(place, count)
-    place = _at_most(place, count)
-    origin = _field(plan, 2, tile, 0, AXES)
-    token = _tokens(place, _three(plan, 6, 0, AXES), WIDE)
-    first = (b * tl.load(plan + 18) + origin[0] + origin[1] + origin[2]) * heads + h
-    queries = _rows(
-        q + b * q_b + h * q_h + (origin[0] + origin[1] + origin[2]).to(tl.int64) * q_t, token, q_t, real, D, BLOCK_D, False
-    )
+    tile, b, h, start, place, real = _own(plan, heads, T0, T1, T2, AXES)
+    queries, token, first = _own_queries(q, plan, tile, b, h, heads, place, real, q_b, q_t, q_h, D, BLOCK_D, AXES, WIDE)
     k += b * k_b + h // group * k_h
     v += b * v_b + h // group * v_h
-    if ROUTED:
-        begin, listed = _listed(plan, ranges, b * list_b + h * list_h, start, B0, B1, B2, AXES)
-        base_token = 0
-    else:
-        lo, hi, some = _field(plan, 3, tile, 0, AXES), _field(plan, 4, tile, 1, AXES), _field(plan, 5, tile, 1, AXES)
-        f, m, residue = _field(plan, 6, tile, 0, AXES), _field(plan, 7, tile, 1, AXES), _field(plan, 8, tile, 0, AXES)
-        base_token = residue[0] + residue[1] + residue[2]
-        slot = _plus(start, place)
-        low, high = _of_slots(plan, 0, slot, AXES), _of_slots(plan, 1, slot, AXES)
+    walk = _walk(plan, ranges, b * list_b + h * list_h, tile, start, B0, B1, B2, AXES, ROUTED)
+    slot = _plus(start, place)
+    low, high = _bounds(plan, slot, AXES, ROUTED)
     if BIAS:
         bias += h * bias_h
         slope = _three(plan, 9, 0, AXES)
@@ -271,34 +374,23 @@ def forward(
     inside = _places(B0, B1, B2)
     step = _three(plan, 3, 0, AXES)
     key = _tokens(inside, step, WIDE)
+    if DESCRIBED:
+        k += tl.cast(walk[7], tl.int64) * k_t
+        v += tl.cast(walk[7], tl.int64) * v_t
+    k_view = _view(k, walk[1], step, k_t, D, BLOCK_D, B0, B1, B2, AXES, DESCRIBED)
+    v_view = _view(v, walk[1], step, v_t, DV, BLOCK_V, B0, B1, B2, AXES, DESCRIBED)
     most = tl.full([T0 * T1 * T2], -float("inf"), tl.float32)
     total = tl.zeros([T0 * T1 * T2], tl.float32)
     sums = tl.zeros([T0 * T1 * T2, BLOCK_V], tl.float32)
     for PARTIAL in tl.static_range(FIRST, LAST):
-        if ROUTED:
-            boxes = listed
-        elif PARTIAL:
-            boxes = some[0] * some[1] * some[2] - m[0] * m[1] * m[2]
-        else:
-            boxes = m[0] * m[1] * m[2]
-        for i in range(boxes):
-            if ROUTED:
-                corner, limit = _listed_box(i, plan, members + begin, B0, B1, B2, AXES)
-            else:
-                corner, limit = _window_box(i, lo, hi, some, f, m, B0, B1, B2, PARTIAL)
+        for i in range(_number(walk, PARTIAL, ROUTED)):
+            corner, limit = _box(i, walk, plan, members, B0, B1, B2, AXES, PARTIAL, ROUTED)
             there = _below(inside, _minus(limit, corner))
-            box = (base_token + _times(corner, step)).to(tl.int64)
-            keys = _rows(k + box * k_t, key, k_t, there, D, BLOCK_D, PARTIAL)
+            box = (walk[7] + _times(corner, step)).to(tl.int64)
+            keys = _box_rows(k_view, corner, box, key, k_t, there, D, BLOCK_D, B0, B1, B2, AXES, PARTIAL, DESCRIBED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             if PARTIAL:
-                if VALID:
-                    there = there & (tl.load(valid + box + key, mask=there, other=0) != 0)
-                if ROUTED:
-                    seen = there[None, :]
-                else:
-                    seen = _between(inside, _minus(low, corner), _minus(high, corner), AXES)
-                    if VALID:
-                        seen = seen & there[None, :]
+                there, seen = _sight(inside, there, corner, low, high, valid + box + key, AXES, VALID, ROUTED)
             if BIAS:
                 entry = (bias_row + _times(corner, slope))[:, None] + _times(inside, slope)[None, :]
                 if PARTIAL:
@@ -316,7 +408,7 @@ def forward(
             weights = tl.exp2(scores * rate - base[:, None])
             shrink = tl.exp2(most - base)
             total = total * shrink + tl.sum(weights, 1)
-            values = _rows(v + box * v_t, key, v_t, there, DV, BLOCK_V, PARTIAL)
+            values = _box_rows(v_view, corner, box, key, v_t, there, DV, BLOCK_V, B0, B1, B2, AXES, PARTIAL, DESCRIBED)
             sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
             most = higher
 
@@ -336,30 +428,15 @@ def backward_queries(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     AXES: tl.constexpr, BIAS: tl.constexpr, VALID: tl.constexpr, ROUTED: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
     GRAD_LSE: tl.constexpr, GRAD_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries and one head, and of the bias; leaves ``delta`` for the other pass.
 
     ``factor`` is the scale of the logits; ``copies`` tables of ``dbias_c`` numbers take turns in summing the bias's gradient.
     """
-    n = _three(plan, 0, 1, AXES)
-    pid = tl.program_id(0)
-    tile = _split(pid % (n[0] * n[1] * n[2]), n[1], n[2])
-    item = pid // (n[0] * n[1] * n[2])
-    b, h = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
-
-    # queries past the end of a tile repeat its last one
-    start, count = _field(plan, 0, tile, 0, AXES), _field(plan, 1, tile, 1, AXES)
-    place = _places(T0, T1, T2)
-    real = _below(place, count)
-    place = _at_most(place, count)
-    origin = _field(plan, 2, tile, 0, AXES)
-    token = _tokens(place, _three(plan, 6, 0, AXES), WIDE)
-    first = (b * tl.load(plan + 18) + origin[0] + origin[1] + origin[2]) * heads + h
-    queries = _rows(
-        q + b * q_b + h * q_h + (origin[0] + origin[1] + origin[2]).to(tl.int64) * q_t, token, q_t, real, D, BLOCK_D, False
-    )
+    tile, b, h, start, place, real = _own(plan, heads, T0, T1, T2, AXES)
+    queries, token, first = _own_queries(q, plan, tile, b, h, heads, place, real, q_b, q_t, q_h, D, BLOCK_D, AXES, WIDE)
     grads = _rows(grad + first * DV, token, heads * DV, real, DV, BLOCK_V, False)
     outs = _rows(out + first * DV, token, heads * DV, real, DV, BLOCK_V, False)
     drop = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
@@ -370,15 +447,9 @@ def backward_queries(
     base = tl.where(base == -float("inf"), 0.0, base)
     k += b * k_b + h // group * k_h
     v += b * v_b + h // group * v_h
-    if ROUTED:
-        begin, listed = _listed(plan, ranges, b * list_b + h * list_h, start, B0, B1, B2, AXES)
-        base_token = 0
-    else:
-        lo, hi, some = _field(plan, 3, tile, 0, AXES), _field(plan, 4, tile, 1, AXES), _field(plan, 5, tile, 1, AXES)
-        f, m, residue = _field(plan, 6, tile, 0, AXES), _field(plan, 7, tile, 1, AXES), _field(plan, 8, tile, 0, AXES)
-        base_token = residue[0] + residue[1] + residue[2]
-        slot = _plus(start, place)
-        low, high = _of_slots(plan, 0, slot, AXES), _of_slots(plan, 1, slot, AXES)
+    walk = _walk(plan, ranges, b * list_b + h * list_h, tile, start, B0, B1, B2, AXES, ROUTED)
+    slot = _plus(start, place)
+    low, high = _bounds(plan, slot, AXES, ROUTED)
     if BIAS:
         bias += h * bias_h
         slope = _three(plan, 9, 0, AXES)
@@ -389,34 +460,23 @@ def backward_queries(
     inside = _places(B0, B1, B2)
     step = _three(plan, 3, 0, AXES)
     key = _tokens(inside, step, WIDE)
+    if DESCRIBED:
+        k += tl.cast(walk[7], tl.int64) * k_t
+        v += tl.cast(walk[7], tl.int64) * v_t
+    k_view = _view(k, walk[1], step, k_t, D, BLOCK_D, B0, B1, B2, AXES, DESCRIBED)
+    v_view = _view(v, walk[1], step, v_t, DV, BLOCK_V, B0, B1, B2, AXES, DESCRIBED)
     if GRAD_BIAS:
-        dbias += (pid % copies) * dbias_c + h * bias_h
+        dbias += (tl.program_id(0) % copies) * dbias_c + h * bias_h
     sums = tl.zeros([T0 * T1 * T2, BLOCK_D], tl.float32)
     for PARTIAL in tl.static_range(FIRST, LAST):
-        if ROUTED:
-            boxes = listed
-        elif PARTIAL:
-            boxes = some[0] * some[1] * some[2] - m[0] * m[1] * m[2]
-        else:
-            boxes = m[0] * m[1] * m[2]
-        for i in range(boxes):
-            if ROUTED:
-                corner, limit = _listed_box(i, plan, members + begin, B0, B1, B2, AXES)
-            else:
-                corner, limit = _window_box(i, lo, hi, some, f, m, B0, B1, B2, PARTIAL)
+        for i in range(_number(walk, PARTIAL, ROUTED)):
+            corner, limit = _box(i, walk, plan, members, B0, B1, B2, AXES, PARTIAL, ROUTED)
             there = _below(inside, _minus(limit, corner))
-            box = (base_token + _times(corner, step)).to(tl.int64)
-            keys = _rows(k + box * k_t, key, k_t, there, D, BLOCK_D, PARTIAL)
+            box = (walk[7] + _times(corner, step)).to(tl.int64)
+            keys = _box_rows(k_view, corner, box, key, k_t, there, D, BLOCK_D, B0, B1, B2, AXES, PARTIAL, DESCRIBED)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
             if PARTIAL:
-                if VALID:
-                    there = there & (tl.load(valid + box + key, mask=there, other=0) != 0)
-                if ROUTED:
-                    seen = there[None, :]
-                else:
-                    seen = _between(inside, _minus(low, corner), _minus(high, corner), AXES)
-                    if VALID:
-                        seen = seen & there[None, :]
+                there, seen = _sight(inside, there, corner, low, high, valid + box + key, AXES, VALID, ROUTED)
             if BIAS:
                 entry = (bias_row + _times(corner, slope))[:, None] + _times(inside, slope)[None, :]
                 if PARTIAL:
@@ -426,7 +486,7 @@ def backward_queries(
             if PARTIAL:
                 scores = tl.where(seen, scores, -float("inf"))
             weights = tl.exp2(scores - base[:, None])
-            values = _rows(v + box * v_t, key, v_t, there, DV, BLOCK_V, PARTIAL)
+            values = _box_rows(v_view, corner, box, key, v_t, there, DV, BLOCK_V, B0, B1, B2, AXES, PARTIAL, DESCRIBED)
             grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             grad_scores = weights * (grad_weights - drop[:, None])
             if GRAD_BIAS:
@@ -450,17 +510,8 @@ def backward_keys(
     FIRST: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, over all query heads that share them."""
-    n = _three(plan, 0, 1, AXES)
-    pid = tl.program_id(0)
-    tile = _split(pid % (n[0] * n[1] * n[2]), n[1], n[2])
-    item = pid // (n[0] * n[1] * n[2])
     shared = heads // group
-    b, kv = (item // shared).to(tl.int64), (item % shared).to(tl.int64)
-
-    start, count = _field(plan, 0, tile, 0, AXES), _field(plan, 1, tile, 1, AXES)
-    place = _places(T0, T1, T2)
-    real = _below(place, count)
-    place = _at_most(place, count)
+    tile, b, kv, start, place, real = _own(plan, shared, T0, T1, T2, AXES)
     step, residue = _three(plan, 3, 0, AXES), _field(plan, 2, tile, 0, AXES)
     key = _tokens(place, step, WIDE)
     corner_key = (residue[0] + residue[1] + residue[2] + _times(start, step)).to(tl.int64)
@@ -471,13 +522,9 @@ def backward_keys(
     if BIAS:
         bias_column = _times(_plus(start, place), _three(plan, 9, 0, AXES))
     stride = _three(plan, 6, 0, AXES)
-    if ROUTED:
-        base_token = 0
-    else:
-        lo, hi, some = _field(plan, 3, tile, 0, AXES), _field(plan, 4, tile, 1, AXES), _field(plan, 5, tile, 1, AXES)
-        f, m, origin = _field(plan, 6, tile, 0, AXES), _field(plan, 7, tile, 1, AXES), _field(plan, 8, tile, 0, AXES)
-        base_token = origin[0] + origin[1] + origin[2] - _times(lo, stride)
-
+    if not ROUTED:
+        walk = _walk(plan, ranges, 0, tile, start, B0, B1, B2, AXES, ROUTED)
+        base_token = walk[7] - _times(walk[0], stride)  # of slot 0, if the first one of the walk is where it would be
     inside = _places(B0, B1, B2)
     token = _tokens(inside, stride, WIDE)
     grad_keys = tl.zeros([T0 * T1 * T2, BLOCK_D], tl.float32)
@@ -485,19 +532,11 @@ def backward_keys(
     for member in range(group):
         h = kv * group + member
         if ROUTED:
-            begin, listed = _listed(plan, ranges, b * list_b + h * list_h, start, B0, B1, B2, AXES)
+            walk = _walk(plan, ranges, b * list_b + h * list_h, tile, start, B0, B1, B2, AXES, ROUTED)
+            base_token = 0
         for PARTIAL in tl.static_range(FIRST, LAST):
-            if ROUTED:
-                boxes = listed
-            elif PARTIAL:
-                boxes = some[0] * some[1] * some[2] - m[0] * m[1] * m[2]
-            else:
-                boxes = m[0] * m[1] * m[2]
-            for i in range(boxes):
-                if ROUTED:
-                    corner, limit = _listed_box(i, plan, members + begin, B0, B1, B2, AXES)
-                else:
-                    corner, limit = _window_box(i, lo, hi, some, f, m, B0, B1, B2, PARTIAL)
+            for i in range(_number(walk, PARTIAL, ROUTED)):
+                corner, limit = _box(i, walk, plan, members, B0, B1, B2, AXES, PARTIAL, ROUTED)
                 there = _below(inside, _minus(limit, corner))
                 box = (base_token + _times(corner, stride)).to(tl.int64)
                 first = (b * tl.load(plan + 18) + box) * heads + h

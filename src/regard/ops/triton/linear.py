@@ -14,7 +14,11 @@ chunk matrices of dim x value_dim float32. Source: Qin et al., Lightning Attenti
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -22,6 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linear_chunks import inverse
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TILE = 64
 """The most tokens, features and values of a tile."""
@@ -143,7 +150,7 @@ def _added_kernel(
     VALID: tl.constexpr, DECAY: tl.constexpr, ENTER: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What every chunk adds to the state: ``(leave f(x))^T y``; backward, to its gradient: ``(enter f(x))^T y``."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     first, second = tl.program_id(2) // tl.cdiv(E, BE) * BD, tl.program_id(2) % tl.cdiv(E, BE) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
@@ -165,9 +172,9 @@ def _states_kernel(
     SIZE: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Replace what chunks add by the state before them (after them in reverse); ``state`` moves to the other end."""
-    row = tl.program_id(1)
+    row = tl.program_id(0)
     item, head = (row // heads).to(tl.int64), row % heads
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < SIZE
     running = tl.load(state + row.to(tl.int64) * SIZE + entry, mask=inside, other=0.0)
     for i in range(chunks):
@@ -189,7 +196,7 @@ def _output_kernel(
     VALID: tl.constexpr, DECAY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``(f(q) f(k)^T * D) v + enter f(q) S``."""
-    chunk, row, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
+    row, chunk, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
     live = _weights(valid, item, token, tokens, VALID)
@@ -215,7 +222,7 @@ def _keys_kernel(
     VALID: tl.constexpr, DECAY: tl.constexpr, LEARNED: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and k, and what some features add to that of the decay ``(parts, batch, heads, tokens)``."""
-    chunk, row, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
+    row, chunk, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
     live = _weights(valid, item, token, tokens, VALID)
@@ -249,7 +256,7 @@ def _keys_kernel(
             local = tl.sum(queries * (of_q + read) - keys * of_k, 1)
             left = tl.sum(keys * written, 1)
             total = tl.cumsum(local, 0, reverse=True) + tl.cumsum(left, 0) - left + carried * tl.exp(tl.sum(logs, 0))
-            part = tl.program_id(2) * tl.num_programs(1) + row
+            part = tl.program_id(2) * tl.num_programs(0) + row
             tl.store(grad_decay + part.to(tl.int64) * tokens + token, total, mask=token < tokens)
     of_q = (of_q + read) * _slope(raw_q, ACTIVATION)
     of_k = (of_k + written) * _slope(raw_k, ACTIVATION) * live[:, None]
@@ -264,7 +271,7 @@ def _values_kernel(
     VALID: tl.constexpr, DECAY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of v: ``(f(q) f(k)^T * D)^T grad + leave f(k) dS``."""
-    chunk, row, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
+    row, chunk, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
     live = _weights(valid, item, token, tokens, VALID)
@@ -291,7 +298,7 @@ def _memory_kernel(
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one part of the tokens the sums of ``a f(x) y^T`` and of ``b f(x)``; a and b are numbers per token and head."""
-    part, row = tl.program_id(0), tl.program_id(1)
+    row, part = tl.program_id(0), tl.program_id(1)
     first, second = tl.program_id(2) // tl.cdiv(E, BE) * BD, tl.program_id(2) % tl.cdiv(E, BE) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     product, total = tl.zeros((BD, BE), tl.float32), tl.zeros((BD,), tl.float32)
@@ -305,10 +312,10 @@ def _memory_kernel(
         right = _read(_tile(y, item, head, token, second, tokens, heads, E, BE))
         product += tl.dot(tl.trans(left * a[:, None]).to(KIND), right.to(KIND), input_precision=PRECISION)
         total += tl.sum(left * b[:, None], 0)
-    _write(_matrix(products, part * tl.num_programs(1) + row, first, second, D, E, BD, BE), product)
+    _write(_matrix(products, part * tl.num_programs(0) + row, first, second, D, E, BD, BE), product)
     if second == 0:
         channel = first + tl.arange(0, BD)
-        target = sums + (part * tl.num_programs(1) + row).to(tl.int64) * D + channel
+        target = sums + (part * tl.num_programs(0) + row).to(tl.int64) * D + channel
         tl.store(target, total, mask=channel < D)
 
 
@@ -319,9 +326,9 @@ def _read_kernel(
     DIVIDE: tl.constexpr, WEIGH: tl.constexpr, FLOOR: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``f(x) M``, divided by ``max(f(x) z, floor) + eps`` or times a number per token and head."""
-    row, second = tl.program_id(1), tl.program_id(2) * BE
+    row, second = tl.program_id(0), tl.program_id(2) * BE
     item, head = (row // heads).to(tl.int64), row % heads
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
     place = (item * tokens + token) * heads + head
     y, sums = tl.zeros((BT, BE), tl.float32), tl.zeros((BT,), tl.float32)
     for first in range(0, D, BD):
@@ -352,9 +359,9 @@ def _turned_kernel(
     SUM: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x: ``(a y M^T + b z) f'(x)``; a and b are numbers per token and head."""
-    row, first = tl.program_id(1), tl.program_id(2) * BD
+    row, first = tl.program_id(0), tl.program_id(2) * BD
     item, head = (row // heads).to(tl.int64), row % heads
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
     place = (item * tokens + token) * heads + head
     found = tl.zeros((BT, BD), tl.float32)
     for second in range(0, E, BE):
@@ -372,6 +379,18 @@ def _turned_kernel(
 
 # --------------------------------------------------------------------------------------------------------------------
 # launches
+
+
+def _there(function: Callable[P, R]) -> Callable[P, R]:
+    """Kernels start on the current device: make it that of the first operand."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        device = arguments[0].device  # type: ignore[attr-defined]  # a tensor
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return function(*arguments, **options)
+
+    return run
 
 
 def _block(width: int) -> int:
@@ -404,9 +423,9 @@ class _Scan:
         self.valid = q if valid is None else valid.contiguous()
         self.masked = valid is not None
 
-    def parts(self, *widths: str) -> int:
-        """Tiles of channels, of all given widths."""
-        return math.prod(triton.cdiv(self.options[width], self.options[f"B{width}"]) for width in widths)
+    def grid(self, *widths: str) -> tuple[int, int, int]:
+        """Programs: rows first, of which there may be more than the 65535 that the other axes hold."""
+        return self.rows, self.chunks, math.prod(triton.cdiv(self.options[w], self.options[f"B{w}"]) for w in widths)
 
     def sizes(self) -> tuple:
         return (self.tokens, self.heads, self.chunks, *self.strides)
@@ -416,11 +435,11 @@ class _Scan:
         dim, value = self.options["D"], self.options["E"]
         added = torch.empty(self.rows, self.chunks, dim, value, dtype=torch.float32, device=x.device)
         masked = self.masked and not reverse  # queries are all there
-        _added_kernel[(self.chunks, self.rows, self.parts("D", "E"))](
+        _added_kernel[self.grid("D", "E")](
             x, y, self.valid, self.decay, added, *self.sizes(), **self.options, VALID=masked, ENTER=reverse
         )
         block = min(1024, triton.next_power_of_2(dim * value))
-        _states_kernel[(triton.cdiv(dim * value, block), self.rows)](
+        _states_kernel[(self.rows, triton.cdiv(dim * value, block))](
             added, self.decay, state, *self.sizes(), SIZE=dim * value, BLOCK=block, BT=self.tile,
             DECAY=self.options["DECAY"], REVERSE=reverse,
         )  # fmt: skip
@@ -433,6 +452,7 @@ def _initial(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     return torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32, device=q.device)
 
 
+@_there
 def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, valid: Tensor | None, activation: str,
          chunk: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`regard.ops.linear_chunks.linear_scan`; decays per head, or per token and head."""
@@ -440,12 +460,11 @@ def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | 
     of = _Scan(q, v, decay, valid, activation, chunk)
     out, final = torch.empty_like(v), _initial(q, v, state)
     before = of.states(k, v, final)
-    _output_kernel[(of.chunks, of.rows, of.parts("E"))](
-        q, k, v, of.valid, of.decay, before, out, *of.sizes(), **of.options, VALID=of.masked
-    )
+    _output_kernel[of.grid("E")](q, k, v, of.valid, of.decay, before, out, *of.sizes(), **of.options, VALID=of.masked)
     return out, final
 
 
+@_there
 def scan_backward(grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
                   state: Tensor | None, valid: Tensor | None, activation: str, chunk: int,
                   need_decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -458,13 +477,11 @@ def scan_backward(grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor,
     options = of.options | {name: min(of.options[name], most) for name, most in crowded(of.options["KIND"]).items()}
     tiles = triton.cdiv(options["D"], options["BD"])
     parts = torch.empty(tiles if need_decay else 0, of.batch, of.heads, of.tokens, dtype=torch.float32, device=q.device)
-    _keys_kernel[(of.chunks, of.rows, tiles)](
+    _keys_kernel[(of.rows, of.chunks, tiles)](
         q, k, v, grad, of.valid, of.decay, before, after, grad_q, grad_k, parts, *of.sizes(), **options, VALID=of.masked,
         LEARNED=need_decay,
     )  # fmt: skip
-    _values_kernel[(of.chunks, of.rows, of.parts("E"))](
-        q, k, grad, of.valid, of.decay, after, grad_v, *of.sizes(), **of.options, VALID=of.masked
-    )
+    _values_kernel[of.grid("E")](q, k, grad, of.valid, of.decay, after, grad_v, *of.sizes(), **of.options, VALID=of.masked)
     if not need_decay or decay is None:
         return grad_q, grad_k, grad_v, q.new_empty(0), grad_state
     per_token = parts.sum(0)  # (batch, heads, tokens)
@@ -490,7 +507,7 @@ def _sums(x: Tensor, y: Tensor, of_product: Tensor, of_sum: Tensor, activation: 
     sums = torch.empty(parts, batch, heads, dim, dtype=torch.float32, device=x.device)
     options = _options(x, dim, value, activation)
     tiles = triton.cdiv(dim, options["BD"]) * triton.cdiv(value, options["BE"])
-    _memory_kernel[(parts, batch * heads, tiles)](
+    _memory_kernel[(batch * heads, parts, tiles)](
         x, y, of_product, of_sum, products, sums, tokens, heads, length, **options, BT=tile
     )
     return products.sum(0), sums.sum(0)
@@ -501,15 +518,17 @@ def _launch(x: Tensor, dim: int, value: int, activation: str, over: str) -> tupl
     options = _options(x, dim, value, activation)
     tile = min(TILE, max(16, triton.next_power_of_2(x.shape[1])))
     channels = triton.cdiv(options[over], options[f"B{over}"])
-    return (triton.cdiv(x.shape[1], tile), x.shape[0] * x.shape[2], channels), options | {"BT": tile}
+    return (x.shape[0] * x.shape[2], triton.cdiv(x.shape[1], tile), channels), options | {"BT": tile}
 
 
+@_there
 def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """:func:`regard.ops.linear_chunks.linear_memory`."""
     live = _numbers(k, valid)
     return _sums(k.contiguous(), v.contiguous(), live, live, activation)
 
 
+@_there
 def memory_backward(
     grad: Tensor, grad_total: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -542,6 +561,7 @@ def _weighed(x: Tensor, memory: Tensor, of_token: Tensor, out: Tensor, activatio
     )
 
 
+@_there
 def read(
     q: Tensor, memory: Tensor, total: Tensor | None, floor: float | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -564,6 +584,7 @@ def _divided(
     return out, mass
 
 
+@_there
 def read_backward(
     grad: Tensor, q: Tensor, memory: Tensor, total: Tensor | None, inverse: Tensor, floor: float | None, eps: float,
     activation: str,
