@@ -176,7 +176,7 @@ def test_rows_are_coordinates_indices_or_fractions():
         with capture(model, rows=rows, layers="stage.first") as maps:
             model(x)
         assert maps[0].rows == tuple(flat)
-        torch.testing.assert_close(maps[0].weights[0], whole[0].weights[0][:, :, flat])
+        torch.testing.assert_close(maps[0].weights[0], whole[0].weights[0][:, :, flat], rtol=1e-6, atol=0)
 
 
 def test_fractions_name_one_place_at_every_resolution():
@@ -292,6 +292,56 @@ def test_limit_counts_what_was_taken_before():
         model(x)
     with pytest.raises(ValueError, match="'last'"), capture(model, limit=needed - 1):
         model(x)
+
+
+def test_limit_of_what_is_kept_is_the_bytes_of_every_tensor_once():
+    q, k, v = random_qkv(kv_heads=2)
+    bias, valid = torch.randn(1, 4, 30, 30, dtype=torch.float64), torch.rand(2, 5, 6) > 0.4
+
+    class Layer(nn.Module):
+        def forward(self, q):
+            return attend(q, [Source(k, v, bias=bias, valid=valid), Source(k, k)])
+
+    layer, needed = Layer(), 8 * (q.numel() + k.numel() + v.numel() + bias.numel()) + valid.numel()
+    with capture(layer, lazy=True, limit=needed):
+        layer(q)
+    with pytest.raises(ValueError, match="choose rows="), capture(layer, lazy=True, limit=needed - 1):
+        layer(q)
+
+
+def test_maps_hold_no_graph_of_a_model_that_is_trained():
+    """Of no tensor that a map shows or keeps: the activations before it could not be freed."""
+    bias = torch.randn(1, 4, 30, 30, dtype=torch.float64, requires_grad=True)
+    q, k, v = (t.requires_grad_() for t in random_qkv())
+
+    class Layer(nn.Module):
+        def forward(self, q):
+            return attend(q, k, v, bias=bias, sink=bias[0, :, 0, 0])
+
+    layer = Layer()
+    outlook = create_mixer("outlook", dim=8, heads=2)
+    for lazy in (False, True):
+        with capture(layer, lazy=lazy) as maps:
+            layer(q)
+        assert not maps[0].weights[0].requires_grad
+        if lazy:
+            record = maps[0]._kept.record
+            held = [record.q, record.sink, *(t for s in record.sources for t in (s.k, s.v, s.bias))]
+            assert not any(t.requires_grad for t in held)
+        with capture(outlook, lazy=lazy) as maps:
+            outlook(torch.randn(1, 4, 4, 8))
+        assert not maps[0].weights[0].requires_grad
+
+
+def test_nothing_is_told_or_stored_where_nothing_is_wanted():
+    model, x = network(), torch.randn(1, 6, 8, 16)
+    with torch.no_grad(), LiveBytes() as memory:
+        model(x)
+    for nothing in ({"layers": "no.such.*"}, {"kinds": "kernel"}):
+        with torch.no_grad(), LiveBytes() as watched, capture(model, **nothing) as maps:
+            model(x)
+        assert not len(maps)
+        assert watched.most == memory.most
 
 
 @pytest.mark.parametrize("pattern", STATIC + ROUTED, ids=repr)

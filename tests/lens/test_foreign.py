@@ -267,6 +267,33 @@ def test_fused_encoder_layers_of_torch_keep_their_bits_and_show_their_weights(no
     assert not any("forward" in vars(module) for module in encoder.modules())
 
 
+def test_tokens_of_an_oblong_image_lie_where_their_patches_do():
+    """Patches are what a convolution of its own stride makes, not what an overlapping stem before it does."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 3, 3, stride=2, padding=1)
+            self.patch = nn.Conv2d(3, 16, 4, stride=4)
+            self.token = nn.Parameter(torch.randn(1, 1, 16))
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, image, stem):
+            x = self.patch(self.stem(image) if stem else image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+            return self.attention(x, x, x)[0]
+
+    model = Model().eval()
+    for stem, size in ((False, (12, 20)), (True, (24, 40))):
+        with torch.no_grad(), capture(model) as maps:
+            model(torch.randn(1, 3, *size), stem)
+        grid, outer = maps
+        assert (grid.grid, grid.k_grids, outer.grid) == ((3, 5), ((3, 5), (1,)), (1,))
+        cell = size[0] // 3
+        shown = image_map(grid).map[..., ::cell, ::cell] * cell**2
+        torch.testing.assert_close(shown, grid.weights[0].mean(1), rtol=1e-5, atol=0)
+
+
 def test_gradients_by_the_weights_of_torch_attention():
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
     x, direction = torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(1, 4, 8, dtype=torch.float64)

@@ -218,6 +218,46 @@ def test_rollout_goes_through_the_windows_of_a_pyramid():
         assert abs(float(flows[target]) - naive_flow(layers, target)) < 1e-7
 
 
+def test_rollout_of_a_pyramid_lies_on_the_pixels_of_its_finest_cells():
+    class Model(Pyramid):
+        feature_info = [{"reduction": 2, "module": "first"}, {"reduction": 4, "module": "second"}]
+
+    model = Model().to(KIND)
+    with torch.no_grad(), capture(model, lazy=True) as maps:
+        model(torch.randn(1, 1, 9, 12, dtype=KIND))  # 4 x 6 cells: the last row of pixels belongs to none
+    found = rollout(maps)
+    assert (found.grid, found.reduction) == ((4, 6), 2)
+    shown = found.on_image()
+    torch.testing.assert_close(shown[..., :8:2, ::2] * 4, found.cells, rtol=1e-12, atol=0)
+    assert float(shown[..., 8, :].abs().max()) == 0.0
+
+
+def test_rollout_of_tokens_that_read_a_grid_starts_with_the_first_of_them():
+    """Three tokens of no place look at cells, and not at each other."""
+    mixer = create_mixer("multi_head", dim=8, heads=2).to(KIND)
+    with torch.no_grad(), capture(mixer, lazy=True) as maps:
+        mixer(torch.randn(1, 3, 8, dtype=KIND), context=torch.randn(1, 2, 5, 8, dtype=KIND))
+    found, weights = rollout(maps), maps[0].weights[0].mean(1)
+    torch.testing.assert_close(found.cells[0, 0], weights[0, 0] / 2, rtol=1e-12, atol=0)
+    assert found.outside.tolist() == [[[0.5, 0.0, 0.0]]]
+    of_a_cell = rollout(maps, (1, 3)).cells
+    assert float(of_a_cell[0, 0, 1, 3]) == float(of_a_cell.sum()) == 1.0  # no layer has moved it
+
+
+def test_rollout_starts_from_all_cells_where_other_tokens_only_are_seen():
+    class Model(nn.Module):
+        def forward(self, q, extra):
+            return regard.attend(q, [regard.Source(q, q), regard.Source(extra, extra)])
+
+    model = Model()
+    with torch.no_grad(), capture(model, lazy=True) as maps:
+        model(torch.randn(1, 2, 3, 2, 4, dtype=KIND), torch.randn(1, 2, 2, 4, dtype=KIND))
+    cells, extra = (w.mean(1)[0].flatten(1) for w in maps[0].weights)
+    found = rollout(maps)
+    torch.testing.assert_close(found.cells.flatten(), (torch.eye(6, dtype=KIND) + cells).mean(0) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.outside.flatten(), extra.mean(0) / 2, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("mixer", "options"),
     [
@@ -250,6 +290,17 @@ def test_parts_of_one_layer_are_put_together_as_the_layer_does(mixer, options):
         found = rollout(maps, place).cells.flatten()
         torch.testing.assert_close(found, expected[place[0] * 6 + place[1]], rtol=0, atol=1e-12)
         torch.testing.assert_close(found.sum(), torch.ones((), dtype=KIND))
+
+
+def test_attentions_side_by_side_count_by_their_heads():
+    """Two heads in windows, one over pooled tokens."""
+    layer = create_mixer("hilo", dim=24, heads=3, window_size=2, alpha=0.34).to(KIND)
+    with torch.no_grad(), capture(layer, lazy=True) as maps:
+        layer(torch.randn(1, 4, 6, 24, dtype=KIND))
+    assert [found.heads for found in maps] == [2, 1]
+    each = [found.places[0].spread(found.weights[0])[0].flatten(2) for found in maps]
+    expected = (torch.eye(24, dtype=KIND) + torch.cat(each).mean(0)) / 2
+    torch.testing.assert_close(rollout(maps, (1, 2)).cells.flatten(), expected[8], rtol=0, atol=1e-12)
 
 
 def test_strided_attention_leads_to_the_finer_grid():

@@ -1,5 +1,7 @@
 """Maps in image coordinates: every key's weight lies on the pixels it stands for, and none is lost or counted twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ import regard
 from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture, image_map
+from regard.models.registry import model_card
 from regard.ops.footprint import Footprint
+from regard.ops.observe import OBSERVERS, WITHIN
 
 PATTERNS = [
     P.Dense(), P.Causal(), P.Window(3, shift=1), P.Window(4), P.Neighborhood(3, dilation=2),
@@ -212,3 +216,163 @@ def test_errors_tell_what_is_missing():
         image_map(maps[0], image_size=(8, 8))
     with pytest.raises(ValueError, match=r"heads must be one of.*got 'sum'"):
         image_map(maps[0], "sum")
+
+
+def test_reductions_over_heads_are_of_whole_maps_and_whole_shares():
+    """Two sources on the same cells: the maximum of their sum over heads is not the sum of their maxima."""
+    q, pooled = torch.randn(1, 4, 6, 3, 4, dtype=torch.float64) * 3, torch.randn(1, 2, 3, 3, 4, dtype=torch.float64) * 3
+    layer = Attends(lambda q: [Source(q, q), Source(pooled, pooled, footprint=Footprint((4, 6), "windows", 2))])
+    with capture(layer) as maps:
+        layer(q)
+    apart = image_map(maps[0], None, image_size=(8, 12))
+    for heads, reduced in (("max", torch.amax), ("min", torch.amin), ("mean", torch.mean)):
+        found = image_map(maps[0], heads, image_size=(8, 12))
+        torch.testing.assert_close(found.map, reduced(apart.map, 1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.shares, reduced(apart.shares, 1), rtol=0, atol=1e-14)
+
+
+class Stage(nn.Module):
+    """A mixer on every fourth pixel, as a model with one stage."""
+
+    feature_info = [{"num_chs": 16, "reduction": 4, "module": "mixer"}]
+    in_chans = 16
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, image):
+        return self.mixer(image[:, :, ::4, ::4].movedim(1, -1))
+
+
+def test_every_run_has_the_size_of_its_own_image_unless_another_is_given():
+    model = Stage(create_mixer("multi_head", dim=16, heads=2))
+    with capture(model) as maps:
+        model(torch.randn(1, 16, 16, 24))
+        model(torch.randn(1, 16, 20, 8))
+    assert [found.image_size for found in maps] == [(16, 24), (20, 8)]
+    assert [image_map(found).map.shape[-2:] for found in maps] == [(16, 24), (20, 8)]
+    larger = image_map(maps[1], image_size=(40, 16)).map
+    torch.testing.assert_close(larger[..., ::2, ::2] * 4, image_map(maps[1]).map, rtol=1e-6, atol=0)
+
+
+def test_strips_lie_on_the_windows_they_were_made_of():
+    mixer = create_mixer("strip", dim=16, heads=2, ratio=4).double()
+    with torch.no_grad(), capture(mixer) as maps:
+        mixer(torch.randn(1, 6, 9, 16, dtype=torch.float64))
+    (weights,) = maps[0].weights
+    assert weights.shape[3:] == (2, 3)
+    found = image_map(maps[0], None, image_size=(6, 9)).map
+    for y in range(6):
+        for x in range(9):
+            cells = (2 if y >= 4 else 4) * (1 if x >= 8 else 4)  # the last windows are partial
+            torch.testing.assert_close(found[..., y, x], weights[..., y // 4, x // 4] / cells, rtol=1e-12, atol=0)
+
+
+def test_tokens_of_a_grid_of_their_own_are_not_taken_for_a_padded_stage():
+    """Seven by seven global tokens beside a stage of four by four cells: all of them lie on the image."""
+
+    class Model(nn.Module):
+        feature_info = [{"num_chs": 8, "reduction": 16, "module": "stage"}]
+
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.ModuleList(create_mixer("multi_head", dim=8, heads=2) for _ in range(2))
+
+        def forward(self, image):
+            own, look = self.stage
+            tokens = own(image[:, 0, :49, :8].unflatten(1, (7, 7)))
+            return look(image[:, :1, ::16, ::16].movedim(1, -1).expand(-1, -1, -1, 8), context=tokens)
+
+    model = Model()
+    with torch.no_grad(), capture(model) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    assert [(found.grid, found.k_grids) for found in maps] == [((7, 7), ((7, 7),)), ((4, 4), ((7, 7),))]
+    for found in maps:
+        shown = image_map(found, image_size=(70, 70))
+        cells = found.weights[0].mean(1)
+        torch.testing.assert_close(shown.map[..., ::10, ::10] * 100, cells, rtol=1e-5, atol=0)
+        torch.testing.assert_close(image_map(found).map.sum((-2, -1)), torch.ones(1, len(found.rows)), rtol=0, atol=1e-5)
+
+
+def test_tokens_that_send_instead_of_gathering_lie_on_the_image():
+    model = regard.create_model("dependency_vit_lite_tiny", depth=4, num_classes=3).eval()
+    with torch.no_grad(), capture(model) as maps:
+        model(torch.randn(1, 3, 64, 96))
+    assert {found.kind for found in maps} == {"transposed"}
+    assert (maps[0].grid, maps[0].k_grids) == ((4, 6), ((4, 6),))
+    whole = image_map(maps[0])
+    torch.testing.assert_close(whole.map[..., ::16, ::16] * 256, maps[0].weights[0].mean(1), rtol=1e-5, atol=0)
+    left = maps[len(maps) - 1]  # some tokens are gone
+    assert left.k_grids[0][0] < 24
+    tokens = left.places[0].place[0]
+    cells = image_map(left).map[0, :, ::16, ::16].flatten(1) * 256
+    for place in range(24):
+        weight = left.weights[0].mean(1)[0, :, tokens[place]] / (tokens == tokens[place]).sum() if tokens[place] >= 0 else 0.0
+        torch.testing.assert_close(cells[:, place], torch.zeros(len(cells)) + weight, rtol=1e-5, atol=1e-9)
+    mixer = create_mixer("reversed", dim=16, heads=2)
+    with torch.no_grad(), capture(mixer) as maps:
+        mixer(torch.randn(1, 3, 5, 16))
+    assert (maps[0].grid, maps[0].k_grids) == ((3, 5), ((3, 5),))
+
+
+@pytest.mark.parametrize("name", [name for name in regard.list_mixers() if name != "identity"])
+def test_weights_times_values_are_what_every_mixer_gathers(name):
+    """On the backend that runs it; and each row sums to one."""
+    torch.manual_seed(0)
+    options = {"grid": (9, 11)} if name == "sparsifiner" else {}
+    mixer = create_mixer(name, dim=32, heads=2, **options).double().eval()
+    told = []
+
+    def observe(record):
+        return lambda output: None if WITHIN else told.append((record, output))
+
+    with torch.no_grad(), capture(mixer, lazy=True) as maps:
+        OBSERVERS.append(observe)
+        try:
+            mixer(torch.randn(2, 9, 11, 32, dtype=torch.float64))
+        finally:
+            OBSERVERS.remove(observe)
+        attended = [found for found in maps if found.kind == "attention"]
+        assert len(attended) == len(told) or name == "reversed"
+        assert len(maps) > 0
+        for found, (record, output) in zip(attended, told, strict=True):
+            again = torch.zeros_like(output.flatten(1, -3))
+            for weights, source in zip(found.weights, record.sources, strict=True):
+                heads = list(range(output.shape[-2]) if source.heads is None else source.heads)
+                values = source.v.flatten(1, -3).repeat_interleave(len(heads) // source.v.shape[-2], -2)
+                again[:, :, heads] += torch.einsum("bhqk,bkhd->bqhd", weights.flatten(3)[:, heads], values)
+            torch.testing.assert_close(again, output.flatten(1, -3), rtol=0, atol=1e-12)
+            if not found.lossy:
+                total = sum(weights.flatten(3).sum(-1) for weights in found.weights)
+                torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+            shown = image_map(found, image_size=(9, 11))
+            on_image = [i for i, where in enumerate(found.places) if where is not None]
+            torch.testing.assert_close(shown.map.sum((-2, -1)), shown.shares[..., on_image].sum(-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 64), (70, 90)])
+def test_every_family_has_maps_that_keep_their_mass(size):
+    """The first registered model of each family: rows sum to one, and all that keys on the grid got lies on the image."""
+    families = {"regard.models.convshare_vit": "convshare_vit_same_shared_both"}  # the others take one size alone
+    for name in regard.list_models():
+        table = model_card(name).table
+        families.setdefault(getattr(table, "func", table).__module__, name)
+    for name in families.values():
+        model = regard.create_model(name, num_classes=3).eval()
+        with torch.no_grad(), capture(model, lazy=True) as maps:
+            model(torch.randn(1, 3, *size))
+        assert len(maps) > 0, name
+        for found in maps:
+            if found.kind in ("channel", "mixture"):
+                continue
+            _, weights, _ = next(found.stream(2))
+            first = replace(found, rows=found.rows[:2])
+            shown = image_map(first)
+            on_image = [i for i, where in enumerate(found.places) if where is not None]
+            drawn, shares = shown.map.sum((-2, -1)), shown.shares[..., on_image].sum(-1)
+            torch.testing.assert_close(drawn, shares, rtol=1e-5, atol=1e-5)
+            if found.kind == "attention" and not found.lossy:
+                total = sum(w.flatten(3).sum(-1) for w in weights)
+                torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)

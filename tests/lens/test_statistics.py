@@ -145,7 +145,7 @@ def test_chunks_of_rows_change_no_number(monkeypatch):
         mixer(torch.randn(2, 5, 6, 8, dtype=KIND))
     measures = (entropy, distance, head_similarity, lambda m: head_similarity(m, "cka"), effective_rank)
     whole = [measure(maps[0]) for measure in measures]
-    monkeypatch.setattr(sys.modules["regard.lens.capture"], "CHUNK", 2 * 2 * 30 * 7)
+    monkeypatch.setattr(sys.modules["regard.lens.captured"], "CHUNK", 2 * 2 * 30 * 7)
     assert [part for part, *_ in maps[0].stream()][1] == slice(7, 14)
     for measure, expected in zip(measures, whole, strict=True):
         torch.testing.assert_close(measure(maps[0]), expected, rtol=0, atol=1e-10)
@@ -168,3 +168,75 @@ def test_patterns_bound_what_the_numbers_can_be():
     assert maps[0].pattern == P.Neighborhood(3)
     assert float(entropy(maps[0]).max()) <= math.log(9) + 1e-6
     assert float(distance(maps[0]).max()) <= 2 * math.sqrt(2)
+
+
+def test_chosen_rows_are_all_that_is_measured():
+    """Five of twelve queries: as if the map had these rows alone."""
+    torch.manual_seed(0)
+    weights, rows = (4 * torch.rand(3, 12, 12, dtype=KIND)).softmax(-1), [1, 4, 5, 9, 11]
+    found = map_of(weights.log(), (3, 4), rows=rows)
+    chosen = weights[:, rows]
+    torch.testing.assert_close(entropy(found)[0], -(chosen * chosen.log()).sum(-1), rtol=0, atol=1e-12)
+    places = torch.tensor([(y, x) for y in range(3) for x in range(4)], dtype=KIND)
+    away = (places[rows][:, None] - places).norm(dim=-1)
+    torch.testing.assert_close(distance(found)[0], (chosen * away).sum(-1), rtol=0, atol=1e-12)
+    js, cka = head_similarity(found)[0], head_similarity(found, "cka")[0]
+    centred = torch.eye(5, dtype=KIND) - 1 / 5
+    for g in range(3):
+        for h in range(3):
+            p, q = chosen[g], chosen[h]
+            mixed = (p + q) / 2
+            divergence = ((p * (p / mixed).log() + q * (q / mixed).log()).sum(-1) / 2).mean()
+            torch.testing.assert_close(js[g, h], 1 - divergence / math.log(2), rtol=0, atol=1e-12)
+            k, m = (centred @ (t @ t.T) @ centred for t in (p, q))
+            torch.testing.assert_close(cka[g, h], (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt(), rtol=0, atol=1e-12)
+    values = torch.linalg.svdvals(chosen)
+    shares = values / values.sum(-1, keepdim=True)
+    torch.testing.assert_close(effective_rank(found)[0], torch.exp(-(shares * shares.log()).sum(-1)), rtol=0, atol=1e-9)
+
+
+def test_heads_that_differ_in_what_their_sinks_take_are_not_alike():
+    """Both look at each key alike; what is left for the sink is another share of the first head than of the second."""
+    bias = torch.zeros(2, 4, 4, dtype=KIND)
+    sink = torch.tensor([0.0, math.log(12.0)], dtype=KIND)
+    found = head_similarity(map_of(bias, (2, 2), sink=sink))[0, 0, 1]
+    p, q = [1 / 5] * 5, [1 / 16] * 4 + [3 / 4]
+    mixed = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    divergence = sum(a * math.log(a / m) + b * math.log(b / m) for a, b, m in zip(p, q, mixed, strict=True)) / 2
+    assert float(found) == pytest.approx(1 - divergence / math.log(2), abs=1e-12)
+
+
+def test_rounding_is_no_direction():
+    """Forty queries, nine keys, all rows mixtures of two: two directions however small the others' rounding."""
+    torch.manual_seed(0)
+    two = torch.rand(1, 2, 9, dtype=KIND).softmax(-1)
+    mixture = torch.rand(1, 40, 2, dtype=KIND).softmax(-1)
+    found = effective_rank(map_of((mixture @ two).log(), (5, 8), (3, 3)))
+    values = torch.linalg.svdvals(mixture @ two)[..., :2]
+    shares = values / values.sum(-1, keepdim=True)
+    torch.testing.assert_close(found[0], torch.exp(-(shares * shares.log()).sum(-1)), rtol=0, atol=1e-9)
+
+
+def test_the_products_of_all_pairs_of_heads_count_towards_the_limit():
+    found = map_of(torch.zeros(3, 4, 4, dtype=KIND), (2, 2))
+    assert head_similarity(found, "cka", limit=8 * 9 * 16).shape == (1, 3, 3)
+    with pytest.raises(ValueError, match="the products of '' take"):
+        head_similarity(found, "cka", limit=8 * 9 * 16 - 1)
+
+
+def test_queries_that_pad_the_grid_lie_beyond_it_and_other_grids_in_one_frame():
+    mixer = create_mixer("bi_level_routing", dim=8, heads=2, regions=2, topk=4, pad="token").to(KIND)
+    with capture(mixer) as maps:
+        mixer(torch.randn(1, 3, 5, 8, dtype=KIND))
+    assert maps[0].grid == (4, 6)
+    cells = maps[0].weights[0][0, ..., :3, :5].flatten(2)
+    queries = torch.tensor([(y, x) for y in range(4) for x in range(6)], dtype=KIND)
+    away = (queries[:, None] - torch.tensor([(y, x) for y in range(3) for x in range(5)], dtype=KIND)).norm(dim=-1)
+    torch.testing.assert_close(distance(maps[0])[0], (cells * away).sum(-1) / cells.sum(-1), rtol=0, atol=1e-12)
+    mixer = create_mixer("strip", dim=8, heads=2, ratio=1).to(KIND)
+    with capture(mixer) as maps:  # seven queries on an axis, four keys of another grid
+        mixer(torch.randn(1, 7, 7, 8, dtype=KIND), context=torch.randn(1, 4, 4, 8, dtype=KIND))
+    queries = torch.tensor([(y + 0.5, x + 0.5) for y in range(7) for x in range(7)], dtype=KIND)
+    spread = maps[0].places[0].spread(maps[0].weights[0])[0].flatten(2)  # each key on the queries' cells it covers
+    inside = (queries[:, None] - queries).norm(dim=-1)
+    torch.testing.assert_close(distance(maps[0])[0], (spread * inside).sum(-1), rtol=0, atol=1e-12)

@@ -229,24 +229,41 @@ def test_overlap_of_boxes():
     assert box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0.0
 
 
-PHOTOGRAPHED = {"camera": (0, 62, 335, 512), "cell": (360, 308, 495, 438), "flower": (170, 82, 438, 358)}
-"""Boxes drawn by hand around the man with his camera, the cell and the blossom; pixels of the photographs."""
+PHOTOGRAPHED = {
+    "camera": (0, 62, 335, 512),
+    "cell": (360, 308, 495, 438),
+    "chelsea": (15, 0, 380, 300),
+    "coffee": (78, 15, 478, 385),
+    "flower": (170, 82, 438, 358),
+}
+"""Boxes drawn by hand around the man with his camera, the cell, the cat, the cup and the blossom; pixels of the photographs."""
 
 
-@pytest.mark.parametrize("name", PHOTOGRAPHED)
-def test_the_object_of_a_photograph_is_found_with_the_packaged_weights(name):
-    """Published threshold, shorter side 128 pixels, overlap above one half.
-
-    The cut has more merit in this than so small a network: of nine photographs the packaged weights solve three, untrained
-    ones three on average and the mean colours of patches two, see benchmarks/find_objects.py.
-    """
+def found_in(name):
+    """The photograph, its shorter side 128 pixels, what is found in it, and the box drawn around its object."""
     picture = photograph(name)
     scale = 128 / min(picture.shape[1:])
     size = [round(n * scale) for n in picture.shape[1:]]
     small = F.interpolate(picture[None].float(), size, mode="bilinear", antialias=True).clamp(0, 255)
     (found,) = find_objects(tiny_dino(), normalised(small))
-    assert box_iou([edge * scale for edge in PHOTOGRAPHED[name]], found.box) > 0.5
+    return small[0], found, [edge * scale for edge in PHOTOGRAPHED[name]]
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHED)
+def test_the_object_of_a_photograph_is_found_with_the_packaged_weights(name):
+    """Published threshold, overlap above one half.
+
+    Of nine photographs the packaged weights solve these five, untrained ones three on average and four at most, the mean
+    colours of patches two: see benchmarks/find_objects.py.
+    """
+    _, found, box = found_in(name)
+    assert box_iou(box, found.box) > 0.5
     assert bool(found.mask[found.seed])
-    _, mask = saliency(small[0], found.mask)
-    left, top, right, bottom = (round(edge * scale) for edge in PHOTOGRAPHED[name])
-    assert int(mask[top:bottom, left:right].sum()) > 0.8 * int(mask.sum())  # saliency stays with the object
+
+
+@pytest.mark.parametrize("name", [name for name in PHOTOGRAPHED if name != "coffee"])  # around the cup lies half a table
+def test_saliency_stays_with_the_object_of_a_photograph(name):
+    small, found, box = found_in(name)
+    _, mask = saliency(small, found.mask)
+    left, top, right, bottom = map(round, box)
+    assert int(mask[top:bottom, left:right].sum()) > 0.8 * int(mask.sum())

@@ -260,6 +260,31 @@ def test_extra_tokens_are_one_more_key_of_every_softmax_and_see_every_token():
     torch.testing.assert_close(y_extra[0], mixer.proj(expected), rtol=1e-11, atol=1e-11)
     moved, _ = mixer(x, extra + 1)
     assert ((moved - y).abs().amax(-1) > 1e-6).all()
+    q, _, _ = mixer.project(x, x)
+    pooled_k, pooled_v = (t[0].flatten(0, 1) for t in mixer.project_keys(mixer.pool(x)))
+    bias = mixer.cpb((4, 4), mixer.pool(x).shape[1:3], None).unflatten(1, (4, 4))
+    for row, column in ((0, 0), (1, 2), (3, 1)):
+        unit, logits, values, local = q[0, row, column], [], [], 0.0
+        near = [
+            (i, j) for i in range(row - 1, row + 2) for j in range(column - 1, column + 2) if 0 <= min(i, j) <= max(i, j) < 4
+        ]
+        scale = F.softplus(mixer.length_scale.temperature[:, 0]) * math.log(len(near) + len(pooled_k) + 2)  # of all keys
+        sharp = (unit + mixer.length_scale.query_embedding[:, 0]) * scale
+        for i, j in near:
+            slot = (i - row + 1) * 3 + j - column + 1
+            logits.append((sharp * k[0, i, j]).sum(-1) + mixer.local_bias[:, slot])
+            values.append(v[0, i, j])
+            weight = (unit * mixer.positional[:, :, slot]).sum(-1) + mixer.positional_bias[:, 0, slot]
+            local = local + weight[:, None] * v[0, i, j]
+        for at in range(len(pooled_k)):
+            logits.append((sharp * pooled_k[at]).sum(-1) + bias[:, row, column, at])
+            values.append(pooled_v[at])
+        for at in range(2):
+            logits.append((sharp * extra_k[0, at]).sum(-1))
+            values.append(extra_v[0, at])
+        weights = torch.stack(logits).softmax(0)
+        expected = torch.einsum("nh,nhd->hd", weights, torch.stack(values)) + local
+        torch.testing.assert_close(y[0, row, column], mixer.proj(expected.flatten()), rtol=1e-11, atol=1e-11)
 
 
 # --------------------------------------------------------------------------------------------------------------------

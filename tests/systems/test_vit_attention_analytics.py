@@ -11,7 +11,15 @@ from torch import nn
 
 from regard import Source, attend, create_model
 from regard.lens import attention_patterns, capture, head_importance, hop_profile, without_heads
-from regard.lens.analytics import PatternAutoencoder, fit_autoencoder, heads_of, hop_distance, pattern_maps, plane
+from regard.lens.analytics import (
+    PatternAutoencoder,
+    fit_autoencoder,
+    heads_of,
+    hop_distance,
+    pattern_maps,
+    pattern_shares,
+    plane,
+)
 
 KIND = torch.float64
 
@@ -174,6 +182,24 @@ def test_profiles_are_sums_over_rings_around_each_patch():
         assert float(got.elsewhere[0, head]) == pytest.approx(float(weights[head, :, 24].mean()), abs=1e-12)
 
 
+def test_profiles_of_chosen_patches_are_theirs_alone():
+    weights, rows = random_weights(2, (3, 5)), [2, 7, 11]
+    bias = weights.log()
+
+    class Attends(nn.Module):
+        def forward(self, q):
+            k = q.new_zeros(1, 3, 5, 2, 1)
+            return attend(q, [Source(k, k, bias=bias)])
+
+    layer = Attends()
+    with capture(layer, rows=rows) as maps:
+        layer(torch.zeros(1, 3, 5, 2, 1, dtype=KIND))
+    got, distance = hop_profile(maps[0]), hop_distance((3, 5))[rows]
+    for hop in range(5):
+        expected = (weights[:, rows] * (distance == hop)).sum(-1).mean(-1)
+        torch.testing.assert_close(got.strength[0, :, hop], expected, rtol=0, atol=1e-12)
+
+
 def test_hops_and_what_is_elsewhere_sum_to_one_in_a_real_model():
     model = vit()
     with capture(model) as maps:
@@ -281,6 +307,36 @@ def test_pictures_leave_the_class_token_out_and_have_their_maximum_at_one():
     patches = weights[..., :16] / weights[..., :16].sum(-1, keepdim=True)
     expected = patches.sqrt() / patches.sqrt().amax((-2, -1), keepdim=True)
     torch.testing.assert_close(got[:, 0].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_small_maps_are_repeated_and_large_ones_averaged():
+    grid = (3, 3)
+    weights = random_weights(1, grid)
+    for side, pick in ((12, lambda i: [i * 9 // 12]), (4, lambda i: range(i * 9 // 4, -(-(i + 1) * 9 // 4)))):
+        expected = torch.stack([
+            torch.stack([weights[0][list(pick(i))][:, list(pick(j))].mean() for j in range(side)]) for i in range(side)
+        ]).sqrt()  # fmt: skip
+        got = pattern_maps(attention_of(weights, grid), side)[0, 0].double()
+        torch.testing.assert_close(got, expected / expected.amax(), rtol=0, atol=1e-6)
+
+
+def test_shares_of_patterns_are_beyond_even_attention_and_do_not_overlap():
+    grid, weights = (4, 5), random_weights(2, (4, 5))
+    got = pattern_shares(attention_of(weights, grid))[0]
+    places = [(y, x) for y in range(4) for x in range(5)]
+    for head in range(2):
+        lines = []
+        for p, (y, x) in enumerate(places):
+            hops = [max(abs(y - v), abs(x - u)) for v, u in places]
+            kinds = [
+                [hop == 0 for hop in hops],
+                [hop == 1 for hop in hops],
+                [hop > 1 and v == y for hop, (v, _) in zip(hops, places, strict=True)],
+                [hop > 1 and u == x for hop, (_, u) in zip(hops, places, strict=True)],
+            ]
+            mass = [sum(float(weights[head, p, q]) for q in range(20) if kind[q]) for kind in kinds]
+            lines.append([(m - sum(kind) / 20) / (1 - sum(kind) / 20) for m, kind in zip(mass, kinds, strict=True)])
+        torch.testing.assert_close(got[head], torch.tensor(lines, dtype=KIND).mean(0), rtol=0, atol=1e-12)
 
 
 def test_codes_lie_in_a_plane_with_their_kind():

@@ -195,6 +195,16 @@ def test_log_amplitudes_are_those_of_the_fourier_transform_by_rings():
     torch.testing.assert_close(relative_log_amplitude(maps, 4), torch.tensor(logs, dtype=KIND) - logs[0])
 
 
+def test_a_ring_without_frequencies_has_the_amplitude_of_the_one_before():
+    maps = torch.randn(2, 4, 4, 3, generator=torch.Generator().manual_seed(0), dtype=KIND)
+    got, coarse = relative_log_amplitude(maps, 8), relative_log_amplitude(maps, 2)  # frequencies 0, 1/2 and 1 of pi
+    torch.testing.assert_close(got[4:7], got[3:4].expand(3))
+    assert float((got[3] - got[0]).abs()) > 0
+    torch.testing.assert_close(got[1:3], torch.zeros(2, dtype=KIND))
+    assert got.shape == (8,)
+    assert coarse.shape == (2,)
+
+
 def test_taking_smooth_members_out_is_a_high_pass_filter():
     generator = torch.Generator().manual_seed(0)
     rough = torch.randn(2, 8, 8, 4, generator=generator, dtype=KIND)

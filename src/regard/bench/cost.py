@@ -6,7 +6,8 @@
         model(images)
     print(cost)
 
-Pairs are those the pattern shows, whatever a backend computes beside them; zero keys outside the grid are not counted.
+Pairs are those the pattern shows, whatever a backend computes beside them; zero keys outside the grid are not counted. On meta
+tensors, where a table of routed blocks has no content, it is taken to list all blocks equally often.
 Linear attention compares no pairs: its FLOPs are those of the two products with the sum over keys.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..ops.call import Call, Source
 from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing
-from ..ops.patterns import as_pattern, tensors_of
+from ..ops.patterns import Blocks, as_pattern, tensors_of
 from ..ops.trail import Trail
 
 CHUNK = 1 << 24
@@ -33,6 +34,8 @@ def visible_pairs(call: Call) -> int:
     """Visible pairs of a query and a true key in a call, over all heads and batch items."""
     if call.valid is not None:
         return _counted_pairs(call)
+    if isinstance(call.pattern, Blocks) and call.pattern.table.is_meta:
+        return call.batch * call.heads * call.pattern.even_pairs(call.q_grid, call.k_grid)
     degree = call.pattern.degree(call.q_grid, call.k_grid, call.q_start)
     lead = degree.shape[: degree.ndim - call.rank]
     return int(degree.sum()) * (call.batch * call.heads // math.prod(lead))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..ops.observe import OBSERVERS, Record
 from .cost import count
 
 OUTSIDE_ATTENTION = (
@@ -31,14 +34,45 @@ def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
         ``flops`` of everything and ``attention_flops``, those of the pairs that the patterns show (what a backend computes
         beside them is not counted).
     """
-    with torch.no_grad(), count() as attention, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), count() as attention, FlopCounterMode(display=False) as counter, _inside(counter) as inside:
         model(images)
-    counted = counter.get_flop_counts().get("Global", {})
-    outside = sum(n for operator, n in counted.items() if operator in OUTSIDE_ATTENTION)
     return {
-        "flops": (outside + attention.flops) / images.shape[0],
+        "flops": (_products(counter) - inside.products + attention.flops) / images.shape[0],
         "attention_flops": attention.flops / images.shape[0],
     }
+
+
+def _products(counter: FlopCounterMode) -> int:
+    """What has been counted so far of the operators that may stand outside of attention."""
+    counted = counter.get_flop_counts().get("Global", {})
+    return sum(n for operator, n in counted.items() if operator in OUTSIDE_ATTENTION)
+
+
+@dataclass
+class _Inside:
+    """The part of the products that attention is made of, where its backend multiplies matrices in the open."""
+
+    products: int = 0
+
+
+@contextmanager
+def _inside(counter: FlopCounterMode) -> Iterator[_Inside]:
+    """Tell the products inside of attention apart: the pairs that the patterns show are counted already."""
+    inside = _Inside()
+
+    def observe(_: Record) -> Callable[[Tensor], None]:
+        before = _products(counter)
+
+        def computed(_: Tensor) -> None:
+            inside.products += _products(counter) - before
+
+        return computed
+
+    OBSERVERS.append(observe)
+    try:
+        yield inside
+    finally:
+        OBSERVERS.remove(observe)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,8 +91,8 @@ def decode_image(item: Path | bytes, name: str, size: int | None = None) -> Tens
         raise FileNotFoundError(f"no image file {name}")
     try:
         with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as opened:
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            picture = as_seen(opened)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {name}: {error}") from error
     if size is not None and picture.size != (size, size):
         width, height = picture.size
@@ -100,6 +102,21 @@ def decode_image(item: Path | bytes, name: str, size: int | None = None) -> Tens
         picture = picture.crop((left, top, left + size, top + size))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
+
+
+def as_seen(opened: Any) -> Any:
+    """A PIL image as a viewer shows it, in RGB: upright, on white where it is transparent, deep greys scaled to 0..255."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I"):  # 16 or 32 bits, which Pillow would clip at 255
+        grey = np.asarray(picture, np.float64)
+        most = 65535.0 if 255.0 < grey.max() <= 65535.0 else max(255.0, float(grey.max()))
+        picture = Image.fromarray((grey.clip(0.0) * (255.0 / most)).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return picture.convert("RGB")
 
 
 class Samples(Dataset):

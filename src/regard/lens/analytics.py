@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import Map
+from .captured import Map
 from .places import Cells
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,232 +10,33 @@ queries and keys (``lazy``). Models of other libraries are told apart by their m
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.mixers import AttentionMixer
 from ..layers.mixers.criss_cross import CrissCrossAttention
 from ..layers.mixers.hilo import HiLoAttention
 from ..layers.reduce import TokenMap
 from ..ops.footprint import Footprint
 from ..ops.observe import OBSERVERS, WATCHERS, WITHIN, Record, Weighing
-from ..ops.patterns import Dense, Pattern, as_pattern
+from ..ops.patterns import Dense, as_pattern
 from ..ops.trail import Trail
+from .captured import Arrival, Backward, Map, Maps, check_limit, needed_bytes
 from .foreign import Found, watched
 from .kept import Kept, KeptAttention, KeptPart, KeptWeighing, detached
 from .places import Cells, Reduced, Where
 
 Rows = Sequence[int] | Sequence[Sequence[int]] | Sequence[Sequence[float]]
 
-CHUNK = 1 << 24
-"""Weights computed at once."""
 PREFIX = 16
 """Tokens at most that may stand before those of a grid in a flat sequence."""
-
-
-@dataclass
-class Backward:
-    """Whether a backward pass has reached any attention of a capture."""
-
-    seen: bool = False
-
-
-@dataclass
-class Arrival:
-    """The derivative by the output of an attention, once a backward pass has been there."""
-
-    backward: Backward
-    gradient: Tensor | None = None
-
-    def arrive(self, gradient: Tensor) -> None:
-        self.gradient, self.backward.seen = gradient, True
-
-
-@dataclass(frozen=True, eq=False)
-class Map:
-    """The weights of one attention.
-
-    Attributes:
-        name: path of the module that attended.
-        call: how many attentions (or uses of another operator of this kind) this module had computed before.
-        grid: the query grid.
-        rows: row-major indices of the chosen queries on it.
-        patterns: one per source.
-        k_grids: the key grid of each source.
-        places: for each source the cells that its keys stand for; None for tokens that have no place (class tokens, latents).
-        row_places: those of the queries.
-        kind: ``"attention"``, or another operator: ``"channel"``, ``"kernel"``, ``"outlook"``, ``"transposed"``, ``"mixture"``.
-        image_size: rows and columns of the image that the model was given, where it was given one.
-        reduction: pixels per token side, where the model tells it.
-        lossy: whether a sink or zero keys outside the grid take a share of each row.
-        visit: number of the run of the module; attentions of one run belong together.
-        order: whether several attentions of one run follow each other (``"sequence"``) or stand beside each other
-            (``"parallel"``); None where that is not known.
-    """
-
-    name: str
-    call: int
-    grid: tuple[int, ...]
-    rows: tuple[int, ...]
-    patterns: tuple[Pattern, ...]
-    k_grids: tuple[tuple[int, ...], ...]
-    places: tuple[Where | None, ...]
-    row_places: Cells | Reduced | None
-    kind: str = "attention"
-    image_size: tuple[int, int] | None = None
-    reduction: int | None = None
-    lossy: bool = False
-    visit: int = 0
-    order: str | None = None
-    q_key: object = None
-    """What tells the queries of one attention from those of another."""
-    limit: int = 2 << 30
-    _kept: Kept | None = field(default=None, repr=False)
-    _stored: tuple[Tensor, ...] | None = field(default=None, repr=False)
-    _arrival: Arrival | None = field(default=None, repr=False)
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """One per source, ``(batch, heads, rows, *k_grid)``.
-
-        A row sums to one over all sources, the sink and zero keys outside the grid.
-
-        Raises:
-            ValueError: weights beyond the limit, where they were not computed yet.
-        """
-        if self._stored is not None:
-            return self._stored
-        return self._whole(lambda weights, _: weights, gradients=False)
-
-    @property
-    def gradients(self) -> tuple[Tensor, ...]:
-        """The derivatives by the weights, of whatever ``backward()`` was of; shaped as :attr:`weights`.
-
-        They are 0 where the backward pass went past an attention: its output has no part in the answer.
-
-        Raises:
-            ValueError: the capture was not asked for gradients, or no backward pass has reached any of its attentions;
-                gradients beyond the limit.
-        """
-        return self._whole(lambda _, gradients: gradients, gradients=True)
-
-    def stream(
-        self, chunk: int | None = None, *, gradients: bool = False
-    ) -> Iterator[tuple[slice, list[Tensor], list[Tensor] | None]]:
-        """Weights, and gradients where asked for, of a few chosen queries at a time.
-
-        Args:
-            chunk: how many; by default what makes about 16 million weights.
-            gradients: also those.
-
-        Yields:
-            Which of the chosen queries, the weights of each source and their gradients, ``(batch, heads, queries, *k_grid)``.
-        """
-        arrived = self._gradient() if gradients else None  # None also where nothing came
-        keys = sum(map(math.prod, self.k_grids))
-        kept = self._kept
-        if kept is None:
-            assert self._stored is not None  # one of both is there
-            each = self._stored[0].shape[0] * self._stored[0].shape[1] * keys
-        else:
-            each = kept.batch * kept.heads * keys
-        chunk = chunk or max(1, CHUNK // each)
-        for start in range(0, len(self.rows), chunk):
-            part = slice(start, min(start + chunk, len(self.rows)))
-            if self._stored is not None:
-                weights = [w[:, :, part] for w in self._stored]
-            else:
-                assert kept is not None  # one of both is there
-                weights = self._shaped(kept.weights(self._index(part)))
-            found = None
-            if arrived is not None:
-                assert kept is not None  # gradients were asked for, so that it was kept
-                found = self._shaped(kept.gradients(self._index(part), arrived))
-            elif gradients:
-                found = [torch.zeros_like(w) for w in weights]
-            yield part, weights, found
-
-    @property
-    def batch(self) -> int:
-        return self._kept.batch if self._kept is not None else self.weights[0].shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self._kept.heads if self._kept is not None else self.weights[0].shape[1]
-
-    @property
-    def pattern(self) -> Pattern:
-        """The pattern of the first source."""
-        return self.patterns[0]
-
-    def _gradient(self) -> Tensor | None:
-        if self._arrival is None:
-            raise ValueError(f"gradients of {self.name!r} were not asked for: capture(model, gradients=True)")
-        if not self._arrival.backward.seen:
-            raise ValueError(
-                f"no backward pass has reached the attention of {self.name!r}, or of any other layer: call backward() on "
-                "something that depends on it, with gradients enabled and something before it that requires them"
-            )
-        return self._arrival.gradient
-
-    def _index(self, part: slice) -> Tensor:
-        assert self._kept is not None  # the callers checked
-        return torch.tensor(self.rows[part], device=self._kept.device)
-
-    def _shaped(self, found: Sequence[Tensor]) -> list[Tensor]:
-        return [w.unflatten(-1, grid) for w, grid in zip(found, self.k_grids, strict=True)]
-
-    def _whole(self, choose: Callable, gradients: bool) -> tuple[Tensor, ...]:
-        if self._kept is not None:
-            _check_limit(self.name, len(self.rows), needed_bytes(self._kept, len(self.rows), self.k_grids), 0, self.limit)
-        chunks = [choose(weights, found) for _, weights, found in self.stream(gradients=gradients)]
-        return tuple(torch.cat(parts, 2) for parts in zip(*chunks, strict=True))
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{p!r} {grid}" for p, grid in zip(self.patterns, self.k_grids, strict=True))
-        kind = "" if self.kind == "attention" else f"{self.kind}, "
-        return f"Map({self.name!r}, {kind}call={self.call}, grid={self.grid}, rows={len(self.rows)}, {shapes})"
-
-
-class Maps(Sequence[Map]):
-    """What :func:`capture` recorded, in order: ``maps[0]``, ``maps["stages.0.mixer"]``, ``maps["stages.0.mixer", 1]``."""
-
-    def __init__(self) -> None:
-        self._maps: list[Map] = []
-
-    def append(self, found: Map) -> None:
-        self._maps.append(found)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __iter__(self) -> Iterator[Map]:
-        return iter(self._maps)
-
-    def __getitem__(self, key):
-        """A map by its position, or by the name of its module and the number of the call (0 by default).
-
-        Where a module also uses another operator, its attention is meant.
-        """
-        if isinstance(key, (int, slice)):
-            return self._maps[key]
-        name, call = key if isinstance(key, tuple) else (key, 0)
-        fitting = [found for found in self._maps if (found.name, found.call) == (name, call)]
-        if fitting:
-            return min(fitting, key=lambda found: found.kind != "attention")
-        names = list(dict.fromkeys(m.name for m in self._maps))
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-        raise KeyError(f"no attention {name!r}, call {call}, was captured; there are {', '.join(near) or 'none'}")
-
-    def __repr__(self) -> str:
-        return "\n".join(map(repr, self._maps)) or "Maps()"
 
 
 @contextmanager
@@ -301,6 +102,14 @@ class _Choice:
     limit: int
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run of a module: its number, and the grid of the tokens that a mixer was called with."""
+
+    number: int
+    grid: tuple[int, ...] | None
+
+
 class _Recorder(Trail):
     """The observer behind :func:`capture`: what runs, on which image, and with which tokens left."""
 
@@ -312,7 +121,7 @@ class _Recorder(Trail):
         self.calls: Counter[tuple[str, str]] = Counter()
         self.backward = Backward()
         self.taken = 0
-        self.visits: list[int] = []
+        self.runs: list[_Run] = []  # of the modules that are running
         self.visited = 0
         self.image_size: tuple[int, int] | None = None
         self.patches: tuple[tuple[int, int], int] | None = None  # grid and side of the patches of another library's model
@@ -325,7 +134,8 @@ class _Recorder(Trail):
     def _enter(self, module: nn.Module, args) -> None:
         super()._enter(module, args)
         self.visited += 1
-        self.visits.append(self.visited)
+        tokens = args[0] if args and isinstance(module, AttentionMixer) else None
+        self.runs.append(_Run(self.visited, tuple(tokens.shape[1:-1]) if isinstance(tokens, Tensor) else None))
         if module is self.model:
             self.image_size, self.patches, self.tokens, self.last_grid = None, None, None, ()
         image = args[0] if args and isinstance(args[0], Tensor) else None
@@ -338,7 +148,7 @@ class _Recorder(Trail):
 
     def _leave(self, module: nn.Module, args, output) -> None:
         super()._leave(module, args, output)
-        del self.visits[len(self.modules) :]
+        del self.runs[len(self.modules) :]
         if (
             isinstance(module, nn.Conv2d)
             and self.patches is None
@@ -350,9 +160,9 @@ class _Recorder(Trail):
                 self.patches = ((output.shape[-2], output.shape[-1]), int(side))
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], TokenMap):
             cells = output[1].place.shape[1]
-            grid = self.tokens[1] if self.tokens is not None else self.last_grid
-            if math.prod(grid) == cells:
-                self.tokens = (output[1], grid)
+            stage = self._stage(self.path(self.names) or "")
+            known = (self.last_grid if self.tokens is None else self.tokens[1], () if stage is None else stage[0])
+            self.tokens = next(((output[1], grid) for grid in known if grid and math.prod(grid) == cells), self.tokens)
 
     def _wanted(self, name: str | None, kind: str) -> bool:
         return (
@@ -368,7 +178,7 @@ class _Recorder(Trail):
         """Observe an ``attend``."""
         name = self.path(self.names)
         if name is not None and not self.recomputing and len(record.q.shape) > 4:
-            self._see_grid(tuple(record.q.shape[1:-2]), name)
+            self.last_grid, self.last_reduction = self._cropped(tuple(record.q.shape[1:-2])), self._reduction(name)
         if WITHIN or not self._wanted(name, "attention"):
             return None
         assert name is not None  # it is wanted
@@ -416,12 +226,15 @@ class _Recorder(Trail):
             return
         assert name is not None  # it is wanted
         stage = self._stage(name)
-        row_places = self._row_places(weighing.grid, [weighing.key_grid], stage) if weighing.on_grid else None
-        where = self._key_places(weighing.key_grid, weighing.grid, row_places, stage, False) if weighing.on_grid else None
+        grid, key_grid = weighing.grid, weighing.key_grid
+        if weighing.on_grid and stage is not None and grid == key_grid == (math.prod(stage[0]),):
+            grid = key_grid = stage[0]  # all tokens of the stage, in a row
+        row_places = self._row_places(grid, [key_grid], stage) if weighing.on_grid else None
+        where = self._key_places(key_grid, grid, row_places, stage, False) if weighing.on_grid else None
         visit, order = self._run()
         self._add(
-            name, weighing.kind, KeptWeighing(weighing), weighing.grid, (Dense(),), (weighing.key_grid,), (where,), row_places,
-            False, visit, order, None,
+            name, weighing.kind, KeptWeighing(weighing), grid, (Dense(),), (key_grid,), (where,), row_places, False, visit,
+            order, None,
         )  # fmt: skip
 
     def found(self, found: Found) -> None:
@@ -466,11 +279,6 @@ class _Recorder(Trail):
 
     # ----- where tokens are
 
-    def _see_grid(self, grid: tuple[int, ...], name: str) -> None:
-        """Remember the grid, for later attention to its tokens in a row."""
-        self.last_grid = self._cropped(grid, self._stage(name))
-        self.last_reduction = self._reduction(name)
-
     def _stage(self, name: str) -> tuple[tuple[int, ...], int] | None:
         """The grid that the model says a module works on, and pixels per token side."""
         reduction = self._reduction(name)
@@ -485,15 +293,21 @@ class _Recorder(Trail):
         fitting = [line for line in info if isinstance(line, dict) and f"{name}.".startswith(f"{line.get('module')}.")]
         return int(max(fitting, key=lambda line: len(line["module"]))["reduction"]) if fitting else None
 
-    def _cropped(self, grid: tuple[int, ...], stage: tuple[tuple[int, ...], int] | None) -> tuple[int, ...]:
-        """The grid without what a mixer appended to it."""
-        if stage is None or len(grid) != len(stage[0]):
+    def _running(self) -> tuple[nn.Module | None, _Run]:
+        """The innermost running module of the model."""
+        running = zip(reversed(self.modules), reversed(self.runs), strict=True)
+        return next(((module, run) for module, run in running if module in self.names), (None, _Run(0, None)))
+
+    def _cropped(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid without what the running mixer appended to it."""
+        given = self._running()[1].grid
+        if given is None or len(given) != len(grid) or not all(n >= m for n, m in zip(grid, given, strict=True)):
             return grid
-        return stage[0] if all(m <= n < 2 * m for n, m in zip(grid, stage[0], strict=True)) else grid
+        return given
 
     def _row_places(self, grid: tuple[int, ...], k_grids, stage) -> Cells | Reduced | None:
         if len(grid) > 1:
-            return Cells(self._cropped(grid, stage))
+            return Cells(self._cropped(grid))
         reduced = self._reduced(grid)
         if reduced is not None:
             return reduced
@@ -510,9 +324,11 @@ class _Recorder(Trail):
             cells = stage[0] if stage is not None else self.last_grid
             before = k_grid[0] - math.prod(cells)
             return Footprint(cells, "list", prefix=before) if flat and cells and 0 <= before <= PREFIX else None
+        if stage is not None and k_grid == stage[0]:
+            return Cells(k_grid)
         if len(grid) == len(k_grid) and k_grid != grid and all(k <= q for k, q in zip(k_grid, grid, strict=True)):
             return Footprint(grid, "parts")
-        return Cells(self._cropped(k_grid, stage) if k_grid == grid or len(grid) == 1 else k_grid)
+        return Cells(self._cropped(k_grid) if k_grid == grid or len(grid) == 1 else k_grid)
 
     def _reduced(self, grid: tuple[int, ...]) -> Reduced | None:
         if self.tokens is None or int(self.tokens[0].place.max()) >= grid[0]:
@@ -522,12 +338,11 @@ class _Recorder(Trail):
 
     def _run(self) -> tuple[int, str | None]:
         """The run that an attention belongs to, and how the attentions of that run stand to each other."""
-        running = list(zip(self.modules, self.visits, strict=True))
-        for module, visit in running:
+        for module, run in zip(self.modules, self.runs, strict=True):
             if isinstance(module, HiLoAttention):
-                return visit, "parallel"
-        inner = next(((module, visit) for module, visit in reversed(running) if module in self.names), (None, 0))
-        return inner[1], "sequence" if isinstance(inner[0], CrissCrossAttention) else None
+                return run.number, "parallel"
+        innermost, run = self._running()
+        return run.number, "sequence" if isinstance(innermost, CrissCrossAttention) else None
 
     # ----- what is kept
 
@@ -542,7 +357,7 @@ class _Recorder(Trail):
             return None
         needed = kept.size if self.choice.lazy else needed_bytes(kept, len(rows), shapes)
         self.taken += needed
-        _check_limit(name, len(rows), needed, self.taken - needed, self.choice.limit)
+        check_limit(name, len(rows), needed, self.taken - needed, self.choice.limit)
         stored = None
         if not self.choice.lazy:
             found = kept.weights(torch.tensor(rows, device=kept.device))
@@ -559,20 +374,6 @@ class _Recorder(Trail):
 def _listen(output: Tensor, arrival: Arrival, to_tokens: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> None:
     if output.requires_grad:
         output.register_hook(lambda gradient: arrival.arrive(to_tokens(gradient.detach())))
-
-
-def needed_bytes(kept: Kept, rows: int, k_grids: Sequence[Sequence[int]]) -> int:
-    """Bytes of the weights of some rows."""
-    return kept.batch * kept.heads * rows * sum(map(math.prod, k_grids)) * kept.dtype.itemsize
-
-
-def _check_limit(name: str, rows: int, needed: int, before: int, limit: int) -> None:
-    if before + needed > limit:
-        raise ValueError(
-            f"the weights of {rows} queries of {name!r} take {needed / 2**20:.1f} MiB, with those before "
-            f"{(before + needed) / 2**20:.1f} MiB, more than limit={limit / 2**20:.1f} MiB: "
-            f"choose rows= or layers=, or raise limit="
-        )
 
 
 def _globs(globs: str | Sequence[str]) -> tuple[str, ...]:

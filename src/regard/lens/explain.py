@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import math
 import re
 from collections import Counter
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..data.embedded import PHOTOGRAPHS, photograph
 from ..data.images import decode_image
 from ..models import create_model, list_models, model_card
-from .capture import Map, Maps, capture
+from .capture import capture
+from .captured import Map, Maps
 from .layered import Shares
 from .maps import image_map
 from .pictures import Place, Tile, legend, line, marked, number, overlay, png, resized, sheet
@@ -39,10 +42,17 @@ WEIGHTS = 4_000_000_000
 NORMALISATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "half": ((127.5,) * 3, (127.5,) * 3),
+    "clip": ((122.771, 116.746, 104.094), (68.501, 66.632, 70.323)),
     "regard": ((127.5,) * 3, (64.0,) * 3),
 }
 """Means and deviations of the channels, in grey levels, that checkpoints were trained with: those of ImageNet, the range
--1..1, and what ``regard compare`` trains with."""
+-1..1, CLIP's, and what ``regard compare`` trains with."""
+CLASSIFIERS = frozenset({"head.weight", "head.fc.weight", "classifier.weight", "fc.weight"})
+"""Names of the matrix whose rows are the classes."""
+AUTO = "auto"
+"""The normalisation of :func:`inputs_of`."""
+TINY_DINO = "tiny_dino"
+"""The name of :func:`regard.data.pretrained.tiny_dino`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +207,7 @@ def explain(
         maps = backward(model, images, target, layers=layers)
         check_weights(maps)
         panels.append(_followed("relevance", relevance_of(maps, query), images, query))
-    return Explanation(title or type(model).__name__, photo, _answer(output), panels, heads)
+    return Explanation(title or type(model).__name__, photo, answer(output, model), panels, heads)
 
 
 def normalised(photo: Tensor, how: str = "imagenet") -> Tensor:
@@ -276,12 +286,16 @@ def followed_note(shares: Shares) -> str:
     return f"{rows}x{columns} tokens, {number(float(cells.min()))} to {number(float(cells.max()))}"
 
 
-def _answer(output: object) -> str:
+def answer(output: object, model: nn.Module) -> str:
+    """What a model says of an image, in words: its most probable class, with its name where the model has names."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:  # these are features
         return "no classes"
     chances = logits[0].detach().float().softmax(-1)
-    return f"class {int(chances.argmax())} of {len(chances)}, {float(chances.max()):.1%}"
+    best = int(chances.argmax())
+    name = getattr(getattr(model, "config", None), "id2label", {}).get(best, f"LABEL_{best}")
+    called = "" if name == f"LABEL_{best}" else f" ({name})"
+    return f"class {best}{called} of {len(chances)}, {float(chances.max()):.1%}"
 
 
 def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, int]:
@@ -289,8 +303,8 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
 
     Args:
         text: the name of a model (random weights, seed 0); the path of a checkpoint whose file name starts with a model's;
-            or ``name=path``.
-        classes: of the checkpoint, where they are not the published number.
+            or ``name=path``; the folder of a vision transformer of transformers; or ``tiny_dino``, which comes with regard.
+        classes: of the checkpoint; by default those of its classifier where it is a safetensors file, else the published.
 
     Returns:
         The model in evaluation mode, what it is in words, and the side of the images that its weights were made for.
@@ -298,7 +312,15 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
     Raises:
         ValueError: no such model; a file whose name does not say of which model it is; a checkpoint that does not fit.
         FileNotFoundError: no such file.
+        ModuleNotFoundError: a folder, without transformers.
     """
+    if text == TINY_DINO:
+        from ..data.pretrained import TINY_DINO as CHANGED
+        from ..data.pretrained import tiny_dino
+
+        return tiny_dino(), f"{TINY_DINO}, trained", CHANGED["image_size"]
+    if Path(text).is_dir():
+        return _of_transformers(Path(text))
     name, found, path = text.partition("=")
     if not found and Path(text).is_file():
         fitting = [each for each in list_models() if Path(text).name.startswith(each)]
@@ -306,11 +328,68 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
             raise ValueError(f"the file name {Path(text).name!r} does not start with the name of a model: give NAME={text}")
         name, path = max(fitting, key=len), text
     card = model_card(name)
+    if classes is None and path.endswith(".safetensors") and Path(path).is_file():
+        classes = _classes_in(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create_model(name, pretrained=path or False, num_classes=classes)
     weights = Path(path).name if path else "random weights"
     return model.eval(), f"{name}, {weights}", card.input_size
+
+
+def _classes_in(path: str) -> int | None:
+    """The outputs of the classifier in a safetensors file; None where it is not known by its name, or the file is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                if key in CLASSIFIERS:
+                    return int(file.get_slice(key).get_shape()[0])
+    except SafetensorError:
+        return None  # what is wrong with it is said where it is loaded
+    return None
+
+
+def _of_transformers(folder: Path) -> tuple[nn.Module, str, int]:
+    """The model of a folder that transformers wrote: its classifier, if it has one; nothing is downloaded or unpickled."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"the folder {folder} holds no config.json: it is no model of transformers")
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("models of transformers need it: pip install transformers") from error
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **safe)
+        classifies = any("ImageClassification" in each for each in config.architectures or ())
+        made = AutoModelForImageClassification if classifies else AutoModel
+        model = made.from_pretrained(folder, use_safetensors=True, **safe)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"cannot read the model in {folder}: {str(error).strip().splitlines()[0]}") from error
+    side = getattr(config, "image_size", None)
+    if not isinstance(side, int):
+        raise ValueError(f"the model in {folder} is not for square images: its config has image_size {side!r}")
+    return model.eval(), f"{type(model).__name__}, {folder.resolve().name}", side
+
+
+def inputs_of(text: str) -> str:
+    """The normalisation of a model: what the folder of transformers says, else ``"imagenet"``.
+
+    Args:
+        text: see :func:`open_model`.
+
+    Raises:
+        ValueError: one that is not in ``NORMALISATIONS``.
+    """
+    path = Path(text) / "preprocessor_config.json"
+    if not path.is_file():
+        return "imagenet"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    wanted = [[255.0 * float(x) for x in told.get(key, ())] for key in ("image_mean", "image_std")]
+    for name, values in NORMALISATIONS.items():
+        if all(np.allclose(list(a), b, atol=0.01) for a, b in zip(values, wanted, strict=True) if b):
+            return name
+    raise ValueError(f"{path.name} asks for mean {told['image_mean']} and deviation {told['image_std']}, which is none of "
+                     f"{', '.join(NORMALISATIONS)}: choose one")  # fmt: skip
 
 
 def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Place | None]:

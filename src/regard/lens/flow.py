@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .capture import Map
+from .captured import Map
 from .layered import Shares, Step, beginning, shares_on, steps_of
 from .rollout import _kind_of, roll
 

@@ -215,6 +215,7 @@ class _Listener(TorchFunctionMode):
         super().__init__()
         self.module, self.windows, self.report = module, windows, report
         self.weights: Tensor | None = None
+        self.k: Tensor | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -227,8 +228,11 @@ class _Listener(TorchFunctionMode):
             weights, v = self.weights, args[1]
             self.weights = None
             if v.ndim == 4 and v.shape[:3] == (*weights.shape[:2], weights.shape[3]):
-                kept = KeptWeights(weights.detach(), v.detach().transpose(1, 2))
+                k = None if self.k is None or self.k.shape[:3] != v.shape[:3] else self.k
+                kept = KeptWeights(weights.detach(), v.detach().transpose(1, 2), None if k is None else k.transpose(1, 2))
                 self._tell(kept, weights.shape[2], weights.shape[3], output)
+        elif func in _PRODUCT and output.ndim == args[1].ndim == 4:
+            self.k = args[1].detach().mT  # of the last product before a softmax
         return output
 
     def _fused(self, output, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

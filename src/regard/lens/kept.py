@@ -1,8 +1,9 @@
 """What is kept of an attention to compute weights, or their gradients, of any of its queries later.
 
-Each kind of attention has a class with the same four things: ``batch`` and ``heads``; ``size``, the bytes it holds on to;
-``weights(rows)``, for each source ``(batch, heads, rows, keys)``; and ``gradients(rows, of_output)``, the derivatives by these
-weights of whatever has the derivative ``of_output`` by the attention's output:
+Each kind of attention has a class with the same five things: ``batch`` and ``heads``; ``size``, the bytes it holds on to; for
+each source ``keys()``, ``(batch, keys, heads, head_dim)``, and ``weights(rows)``, ``(batch, heads, rows, keys)``; and
+``gradients(rows, of_output)``, the derivatives by these weights of whatever has the derivative ``of_output`` by the attention's
+output:
 
     dL / dA[q, k] = (dL / dy[q]) . v[k]
 """
@@ -39,6 +40,8 @@ class Kept(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    def keys(self) -> list[Tensor]: ...
 
     def weights(self, rows: Tensor) -> list[Tensor]: ...
 
@@ -98,6 +101,9 @@ class KeptAttention:
             tensors += [t for t in (source.k, source.v, source.q, bias, source.valid) if t is not None]
         return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values())
 
+    def keys(self) -> list[Tensor]:
+        return [source.k.flatten(1, -3) for source in self.record.sources]
+
     def weights(self, rows: Tensor) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return [w.flatten(3) for w in weights_of(self.record, rows)]
@@ -116,11 +122,16 @@ class KeptAttention:
 
 @dataclass(frozen=True, eq=False)
 class KeptWeights:
-    """An attention whose weights themselves are at hand, ``(batch, heads, queries, keys)``, and its values, of that batch."""
+    """An attention whose weights themselves are at hand, ``(batch, heads, queries, keys)``, and its values, of that batch.
+
+    Attributes:
+        v: ``(batch, keys, heads, value_dim)``.
+        k: ``(batch, keys, heads, head_dim)``, where they were seen.
+    """
 
     matrix: Tensor
     v: Tensor | None = None
-    """``(batch, keys, heads, value_dim)``"""
+    k: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -140,7 +151,12 @@ class KeptWeights:
 
     @property
     def size(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.matrix, self.v) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self.matrix, self.v, self.k) if t is not None)
+
+    def keys(self) -> list[Tensor]:
+        if self.k is None:
+            raise ValueError("the keys of this attention were not seen, only its weights")
+        return [self.k]
 
     def weights(self, rows: Tensor) -> list[Tensor]:
         return [self.matrix[:, :, rows].to(self.dtype)]
@@ -176,6 +192,9 @@ class KeptWeighing:
     @property
     def size(self) -> int:
         return 0  # it shares what the operator has anyway
+
+    def keys(self) -> list[Tensor]:
+        raise ValueError(f"attention has keys; got {self.weighing.kind!r}")
 
     def weights(self, rows: Tensor) -> list[Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -230,6 +249,13 @@ class KeptWindows(_Seen):
     def batch(self) -> int:
         return self.inner.batch // len(self.index)
 
+    def keys(self) -> list[Tensor]:
+        (inside,) = self.inner.keys()
+        inside = inside.unflatten(0, (self.batch, -1)).flatten(1, 2)  # (batch, windows * tokens, heads, head_dim)
+        known = self.index.flatten() >= 0
+        on_grid = inside.new_zeros(self.batch, self.cells, *inside.shape[2:])
+        return [on_grid.index_copy(1, self.index.flatten()[known], inside[:, known])]
+
     def weights(self, rows: Tensor) -> list[Tensor]:
         return [self._on_grid(rows, self.inner.weights)]
 
@@ -265,6 +291,10 @@ class KeptPart(_Seen):
 
     first: int
     columns: tuple[tuple[int, int, int], ...]
+
+    def keys(self) -> list[Tensor]:
+        found = self.inner.keys()
+        return [found[source][:, start:stop] for source, start, stop in self.columns]
 
     def weights(self, rows: Tensor) -> list[Tensor]:
         return self._cut(self.inner.weights(rows + self.first))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import CHUNK, Map
+from .captured import CHUNK, Map
 from .places import coarser, pixel_footprint
 
 Reduce = Callable[[Tensor, Tensor | None], Tensor]

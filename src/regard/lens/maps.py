@@ -7,13 +7,14 @@ the image got, and the shares of all sources with that of the sink to one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .capture import Map
+from .captured import CHUNK, Map
 from .places import pixel_footprint
 
 HEADS = ("mean", "max", "min")
@@ -51,14 +52,24 @@ def image_map(found: Map, heads: str | None = "mean", *, image_size: Sequence[in
     if heads is not None and heads not in HEADS:
         raise ValueError(f"heads must be one of {HEADS} or None; got {heads!r}")
     totals, shares = [], []
-    for _, weights, _ in found.stream():
+    for _, weights, _ in found.stream(_rows_at_once(found, heads, image_size)):
         sources = zip(weights, found.places, strict=True)
         mass = torch.stack([(w if at is None else at.spread(w)).flatten(3).sum(-1) for w, at in sources], -1)
         rest = (1.0 - mass.sum(-1, keepdim=True)).clamp(min=0.0)
         shares.append(reduce_heads(torch.cat([mass, rest], -1), heads))
-        totals.append(to_pixels(found, [reduce_heads(w, heads, keep=True) for w in weights], image_size))
+        if heads == "mean":  # of the weights already: a map is a sum of them
+            weights = [w.mean(1, keepdim=True) for w in weights]
+        totals.append(reduce_heads(to_pixels(found, weights, image_size), heads, keep=True))
     total = torch.cat(totals, 2)
     return ImageMap(total if heads is None else total[:, 0], torch.cat(shares, -2), source_names(found))
+
+
+def _rows_at_once(found: Map, heads: str | None, image_size: Sequence[int] | None) -> int | None:
+    """Queries of which the maps of all heads are made at once; as many as :meth:`Map.stream` takes where they need not be."""
+    size = image_size or found.image_size
+    if heads == "mean" or size is None:
+        return None
+    return max(1, CHUNK // (found.batch * found.heads * max(math.prod(size), sum(map(math.prod, found.k_grids)))))
 
 
 def to_pixels(found: Map, values: Sequence[Tensor], image_size: Sequence[int] | None = None) -> Tensor:

@@ -89,14 +89,14 @@ def coarser(fine: Sequence[int], coarse: Sequence[int]) -> Footprint:
 
 
 def pixel_footprint(grid: Sequence[int], image_size: Sequence[int], reduction: int | None) -> Footprint:
-    """Which pixels the cells of a grid lie on: squares of ``reduction`` where such a grid is meant, else equal parts.
+    """Which pixels the cells of a grid lie on: squares of ``reduction`` where these make such a grid, else equal parts.
 
-    A grid of windows may end before the image does (the rest belongs to no cell) or after it (padding).
+    The last squares may end before the image does (the rest belongs to no cell) or after it.
     """
     if reduction is not None:
         whole = [-(-side // reduction) for side in image_size]
         floor = [max(side // reduction, 1) for side in image_size]
-        if all(low <= n < 2 * high for low, n, high in zip(floor, grid, whole, strict=True)):
+        if all(low <= n <= high for low, n, high in zip(floor, grid, whole, strict=True)):
             return Footprint(tuple(image_size), "windows", reduction)
     return Footprint(tuple(image_size), "parts")
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Map, Maps, capture
+from .capture import capture
+from .captured import Map, Maps
 from .layered import Shares, beginning, steps_of, walk
 from .rollout import _kind_of
 

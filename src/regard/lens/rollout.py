@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .capture import Map
+from .captured import Map
 from .layered import Shares, Step, beginning, steps_of, walk
 from .maps import HEADS, reduce_heads
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .capture import Map
+from .captured import Map
 from .places import Cells, cell_centres
 
 SIMILARITIES = ("js", "cka")
@@ -47,8 +47,8 @@ def distance(found: Map) -> Tensor:
     """
     if not isinstance(found.row_places, Cells) or all(where is None for where in found.places):
         raise ValueError(f"distances need queries and keys with places of their own; {found!r} has queries {found.row_places}")
-    extent = [float(n) for n in found.grid]
-    queries = cell_centres(found.grid, extent).flatten(0, -2)[list(found.rows)]
+    extent = [float(n) for n in found.row_places.grid]  # without queries that pad the grid
+    queries = cell_centres(found.grid, [float(n) for n in found.grid]).flatten(0, -2)[list(found.rows)]
     totals = []
     for part, weights, _ in found.stream():
         moved, mass = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -56,9 +56,7 @@ def distance(found: Map) -> Tensor:
             if where is None:
                 continue
             cells = where.spread(weight.double()).flatten(3)  # (batch, heads, rows, cells)
-            # cells of a finer or coarser grid lie in the same frame
-            frame = [float(n) for n in where.grid] if _within(where.grid, found.grid) else extent
-            middles = cell_centres(where.grid, frame).flatten(0, -2)
+            middles = cell_centres(where.grid, extent).flatten(0, -2)  # of a finer or coarser grid: in the same frame
             away = torch.cdist(queries[part].to(cells.device), middles.to(cells.device))
             moved = moved.to(cells.device) + (cells * away).sum(-1)
             mass = mass.to(cells.device) + cells.sum(-1)
@@ -113,11 +111,6 @@ def _joined(weights: list[Tensor]) -> Tensor:
 
 def _entropy(rows: Tensor) -> Tensor:
     return -torch.xlogy(rows, rows).sum(-1)
-
-
-def _within(grid: tuple[int, ...], padded: tuple[int, ...]) -> bool:
-    """Whether a grid is what is left of another that was padded at its end."""
-    return len(grid) == len(padded) and all(n <= m < 2 * n for n, m in zip(grid, padded, strict=True))
 
 
 def _check(found: Map, entries: int, what: str, limit: int) -> None:

@@ -373,6 +373,10 @@ class Backbone(Staged):
             outputs[-1] = self.norm(outputs[-1])
         return [outputs[i].movedim(-1, 1) if reshape else outputs[i].flatten(1, 2) for i in indices]
 
+    def first_stages(self, last: int) -> list[Stage]:
+        """What makes the feature maps up to the ``last``."""
+        return [stage for stage in self.stages[: last + 1] if isinstance(stage, Stage)]
+
     def cut(self, out_indices: Sequence[int] | None = None) -> FeatureBackbone:
         """The maps of some stages, see :class:`FeatureBackbone`."""
         return FeatureBackbone(self, out_indices)
@@ -410,10 +414,9 @@ class FeatureBackbone(Staged):
     """
 
     def __init__(self, backbone: Backbone, out_indices: Sequence[int] | None = None) -> None:
-        count = len(backbone.stages)
+        count = len(backbone.feature_info)
         chosen = stage_indices(range(count) if out_indices is None else out_indices, count)
-        stages = [stage for stage in backbone.stages[: max(chosen) + 1] if isinstance(stage, Stage)]
-        super().__init__(backbone.spec, backbone.in_chans, backbone.stem, stages)
+        super().__init__(backbone.spec, backbone.in_chans, backbone.stem, backbone.first_stages(chosen[-1]))
         self.out_indices = chosen
         self.feature_info = [backbone.feature_info[i] for i in chosen]
         self.unused_keys = frozenset(backbone.state_dict()) | backbone.unused_keys

@@ -211,6 +211,11 @@ class LookupViT(_Trunk, Backbone):
         pooled = self.head_drop(x[:, :count].mean(1) + x[:, count:].mean(1))
         return pooled if pre_logits else self.head(pooled)
 
+    def first_stages(self, last: int) -> list[Stage]:
+        """The blocks up to the ``last``, as one stage."""
+        whole: Any = self.stages[0]
+        return [Stage(nn.Identity(), whole.blocks[: last + 1])]
+
     def cut(self, out_indices: Sequence[int] | None = None) -> FeatureBackbone:
         """The maps of some blocks, see :class:`LookupFeatures`."""
         return LookupFeatures(self, out_indices)
@@ -225,13 +230,8 @@ class LookupFeatures(_Trunk, FeatureBackbone):
     """
 
     def __init__(self, model: LookupViT, out_indices: Sequence[int] | None = None) -> None:
-        count = len(model.feature_info)
-        chosen = stage_indices(range(count) if out_indices is None else out_indices, count)
-        whole: Any = model.stages[0]
-        Staged.__init__(self, model.spec, model.in_chans, model.stem, [Stage(nn.Identity(), whole.blocks[: chosen[-1] + 1])])
-        self.out_indices, self.positions, self.compress = chosen, model.positions, model.compress
-        self.feature_info = [model.feature_info[i] for i in chosen]
-        self.unused_keys = frozenset(model.state_dict()) | model.unused_keys
+        super().__init__(model, out_indices)
+        self.positions, self.compress = model.positions, model.compress
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.get_intermediate_layers(image, self.out_indices, reshape=True)

@@ -306,6 +306,10 @@ class VisionTransformer(_Trunk, Backbone):
         logits = self.forward_heads(x)
         return sum(logits[1:], logits[0]) / len(logits)
 
+    def first_stages(self, last: int) -> list[Stage]:
+        """The blocks up to the ``last``, as one stage."""
+        return [Stage(nn.Identity(), self.blocks[: last + 1])]
+
     def cut(self, out_indices: Sequence[int] | None = None) -> FeatureBackbone:
         """The maps of some blocks, see :class:`TransformerFeatures`."""
         return TransformerFeatures(self, out_indices)
@@ -320,16 +324,12 @@ class TransformerFeatures(_Trunk, FeatureBackbone):
     """
 
     def __init__(self, model: VisionTransformer, out_indices: Sequence[int] | None = None) -> None:
-        count = len(model.blocks)
-        chosen = stage_indices(range(count) if out_indices is None else out_indices, count)
-        blocks = Stage(nn.Identity(), model.blocks[: chosen[-1] + 1])
-        Staged.__init__(self, model.spec, model.in_chans, model.stem, [blocks])
-        self.out_indices, self.positions = chosen, model.positions
-        self.outer_names = model.outer_names if chosen[-1] >= model.spec.enter else ()
+        super().__init__(model, out_indices)
+        self.positions = model.positions
+        self.outer_names = model.outer_names if self.out_indices[-1] >= model.spec.enter else ()
         for name in self.outer_names:
             self.register_parameter(name, model.get_parameter(name))
-        self.feature_info = [model.feature_info[i] for i in chosen]
-        self.unused_keys = frozenset(model.state_dict()) | model.unused_keys | _HEAD_KEYS
+        self.unused_keys |= _HEAD_KEYS
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.get_intermediate_layers(image, self.out_indices, reshape=True)

@@ -66,21 +66,21 @@ class ReversedAttention(AttentionMixer):
         self.maps: list[Tensor] | None = None
 
     def message(self, x: Tensor) -> Tensor:
-        """The logarithm of the share of its value that each token ``(batch, n, dim)`` sends in this layer, ``(batch, n)``."""
+        """The logarithm of the share of its value that each token ``(batch, *n, dim)`` sends in this layer, ``(batch, *n)``."""
         logits = self.controller(x).squeeze(-1)
         return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def relations(self, x: Tensor) -> Tensor:
-        """The share of each head in what each token ``(batch, n, dim)`` sends, ``(batch, n, heads)``."""
+        """The share of each head in what each token ``(batch, *n, dim)`` sends, ``(batch, *n, heads)``."""
         logits = self.selector(x)
         return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
 
     def gates(self, x: Tensor, messages: Tensor) -> Tensor:
-        """The factors on the values of the senders, ``(batch, n, heads)``."""
+        """The factors on the values of the senders, ``(batch, *n, heads)``."""
         return self.relations(x) * messages.exp().unsqueeze(-1)
 
     def distribute(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        """Send the values, times the gates, and project what arrives: ``(batch, receivers, dim)``."""
+        """Send the values, times the gates, and project what arrives: ``(batch, *receivers, dim)``."""
         dropout = self.attn_drop if self.training else 0.0
         v = v * gates.unsqueeze(-1).to(v.dtype)
         y = attend_transposed(q, k, v, P.Dense(), scale=self.scale, dropout=dropout, backend=self.backend)
@@ -108,12 +108,13 @@ class ReversedAttention(AttentionMixer):
         return Sent(self.distribute(q, k, v, gates), messages, dependencies)
 
     def sequences(self, x: Tensor, extra: Tensor | None = None) -> list[Tensor]:
-        """Queries, keys and values of the tokens of the grid and of those beside it: ``(batch, n, heads, width)``."""
+        """Queries, keys and values ``(batch, *grid, heads, width)`` of tokens; with those beside the grid all in one row."""
         q, k, v = self.project(x, x)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
-        parts = [[q, k, v], *([] if extra is None else [self.project(extra, extra)])]
-        q, k, v = (torch.cat([t.flatten(1, -3) for t in part], 1) for part in zip(*parts, strict=True))
+        if extra is not None:
+            parts = zip((q, k, v), self.project(extra, extra), strict=True)
+            q, k, v = (torch.cat([inner.flatten(1, -3), outer], 1) for inner, outer in parts)
         groups = self.heads // self.kv_heads
         return [q, k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)]
 
@@ -122,12 +123,13 @@ class ReversedAttention(AttentionMixer):
         q, k, v = self.sequences(x, extra)
         if context is not None:
             q, _, v = self.sequences(context, extra)
-        senders = (x if context is None else context).flatten(1, -2)
-        senders = senders if extra is None else torch.cat([senders, extra], 1)
+        senders = x if context is None else context
+        senders = senders if extra is None else torch.cat([senders.flatten(1, -2), extra], 1)
         y = self.distribute(q, k, v, self.gates(senders, self.message(senders)))
+        if extra is None:
+            return y
         grid = x.shape[1:-1]
-        inner = y[:, : grid.numel()].unflatten(1, grid)
-        return inner if extra is None else (inner, y[:, grid.numel() :])
+        return y[:, : grid.numel()].unflatten(1, grid), y[:, grid.numel() :]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={self.temperature:g}"

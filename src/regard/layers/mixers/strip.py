@@ -6,10 +6,14 @@ Cost: N^2 (s heads + C) / r^2 multiply-adds. Source: Xu et al., S2AFormer, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...ops import Source
+from ...ops.footprint import Footprint
+from ...ops.patterns import Dense
 from ..pools import PoolKV
 from .base import SplitMixer, check_choice
 from .registry import register_mixer
@@ -48,10 +52,16 @@ class StripAttention(SplitMixer):
             )
         check_choice("pool", pool, ("conv", "mean"))
         super().__init__(dim, heads, head_dim=strip, value_dim=dim // heads, **projections)
+        self.ratio = ratio
         self.pool: nn.Module = nn.Identity()
         if ratio > 1:
             conv: dict[str, Any] = {"dim": dim, "groups": dim, "rank": rank} if pool == "conv" else {}
             self.pool = PoolKV(pool, ratio, after=nn.LayerNorm(dim, **self.factory), **conv, **self.factory)
+
+    def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        grid = tuple(q.shape[1:-2])
+        own = tuple(k.shape[1:-2]) == tuple(-(-n // self.ratio) for n in grid)  # a context may lie on a grid of its own
+        return [Source(k, v, Dense(), footprint=Footprint(grid, "windows", self.ratio) if own else None)]
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix tokens, see :meth:`AttentionMixer.forward`; keys and values come from the pooled context, or the pooled ``x``."""
