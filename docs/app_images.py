@@ -44,9 +44,9 @@ def main() -> None:
         page.wait_for_timeout(1000)
         page.screenshot(path=IMAGES / "app-cost.png", full_page=True)
         page.get_by_role("tab", name="Trained model").click()
-        page.locator("#open").click()
         page.locator("#model-maps img").wait_for(state="visible")
-        page.wait_for_timeout(2000)
+        page.locator("#model-photo img").click(position={"x": 95, "y": 120})  # an eye
+        page.wait_for_timeout(4000)
         page.screenshot(path=IMAGES / "app-trained.png", full_page=True)
         page.get_by_role("tab", name="Catalog").click()
         page.locator("#search input, #search textarea").first.fill("window")

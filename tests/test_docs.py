@@ -31,7 +31,14 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page):
 def test_the_lines_of_a_system_run(found: System):
     model = regard.create_model("deit_tiny_patch16_224", depth=2, num_classes=5).eval()
     q, k, v = torch.randn(3, 1, 14, 14, 2, 8)
-    exec(found.lines, {"model": model, "images": torch.randn(1, 3, 48, 48), "q": q, "k": k, "v": v})
+    given = {"model": model, "images": torch.randn(1, 3, 48, 48), "q": q, "k": k, "v": v}
+    names = dict(given)
+    exec(found.lines, names)
+    made = {name: names[name] for name in ("model", "found", "y") if names.get(name) is not given.get(name)}
+    assert made, found.lines
+    leaves = torch.utils._pytree.tree_leaves(list(made.values()))
+    assert all(leaf.isfinite().all() for leaf in leaves if isinstance(leaf, torch.Tensor))
+    assert "y" not in made or made["y"].shape == q.shape
 
 
 @pytest.mark.parametrize("found", [each for each in systems() if each.kind == "backbone"], ids=lambda found: found.slug)

@@ -223,27 +223,36 @@ def plan(
 @app.command()
 def explain(
     image: Annotated[str, typer.Argument(help="File of a photograph, or the name of an embedded one, such as chelsea.")],
-    model: Annotated[str, typer.Option(help="Name (random weights), checkpoint whose file name starts with it, or NAME=PATH.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Name (random weights), checkpoint whose file name starts with it, NAME=PATH, folder of transformers, or "
+            "tiny_dino, which is trained and comes along."
+        ),
+    ],
     query: Annotated[str | None, typer.Option(help="A pixel y,x of the image, or fractions: what it attends to.")] = None,
     rollout: Annotated[bool, typer.Option("--rollout", help="From the answer, or the query, through all layers.")] = False,
     relevance: Annotated[bool, typer.Option("--relevance", help="What speaks for a class: gradients times attention.")] = False,
     target: Annotated[int | None, typer.Option(help="That class; the most probable by default.", min=0)] = None,
     layers: Annotated[str, typer.Option(help="Shell-style pattern of module paths.")] = "*",
     size: Annotated[int | None, typer.Option(help="Side of the square that the model sees.", min=16, max=1024)] = None,
-    normalise: Annotated[str, typer.Option(help="imagenet, half (-1..1) or regard.")] = "imagenet",
+    normalise: Annotated[
+        str,
+        typer.Option(help="imagenet, half (-1..1), clip, regard, or auto: as a folder of transformers says or imagenet."),
+    ] = "auto",
     classes: Annotated[int | None, typer.Option(help="Of the checkpoint, where not the published number.", min=0)] = None,
     out: Annotated[Path, typer.Option(help="Two files are written: with .png and .html appended.")] = Path("regard-explain"),
 ) -> None:
     """Where a model looks on a photograph: a PNG, and a page with all heads."""
     from .lens.explain import explain as look
-    from .lens.explain import open_model, square
+    from .lens.explain import inputs_of, open_model, square
     from .train.files import write_atomically
 
     built, title, side = open_model(model, classes)
     photo, place = square(image, size or side, query)
     found = look(
         built, photo, title=title, query=place, with_rollout=rollout, with_relevance=relevance, target=target, layers=layers,
-        normalise=normalise,
+        normalise=inputs_of(model) if normalise == "auto" else normalise,
     )  # fmt: skip
     for suffix, content in ((".png", found.png()), (".html", found.html())):
         print(write_atomically(out.with_name(out.name + suffix), content))

@@ -11,8 +11,8 @@ from PIL import Image
 
 from regard import catalog
 from regard import patterns as P
-from regard.app import uploads
-from regard.app.compare import Choice, Setting, cost, growth, look
+from regard.app import compare, uploads
+from regard.app.compare import Choice, Setting, cost, growth, look, times
 from regard.app.mechanisms import PATTERN, fields_of, mechanisms, read
 from regard.lens.pictures import overlay
 
@@ -61,12 +61,17 @@ def test_every_mechanism_with_places_has_a_picture_and_a_click_uses_what_ran(nam
     ("name", "typed", "message"),
     [
         ("neighborhood", {"kernel_size": "seven"}, "kernel_size must be a whole number, or two such as 3,7; got 'seven'"),
-        ("neighborhood", {"kernel_size": "99999"}, "kernel_size must be at most 256 here; got 99999"),
+        ("neighborhood", {"kernel_size": "99999"}, "kernel_size must be at most 64 here; got 99999"),
+        ("neighborhood", {"kernel_size": "3,5,7"}, "kernel_size must be a whole number, or two such as 3,7; got '3,5,7'"),
+        ("neighborhood", {"kernel_size": "x" * 999}, "got 'xxx"),
+        ("bi_level_routing", {"kernel_size": "0"}, "kernel_size must be at least 1; got 0"),
+        ("gated_positional", {"strength": "1e308"}, "strength must lie between -1e+06 and 1e+06; got 1e308"),
+        ("outlook", {"kernel_size": "63"}, "learned values like this, more than 2e+07"),
+        (PATTERN, {"pattern": " | ".join(["axis(0)"] * 6)}, "a pattern may have 200 letters and join 5 others here"),
         ("window", {"bogus": 1}, "window has no parameter bogus; it has window_size"),
         (PATTERN, {"pattern": "__import__('os')"}, "cannot read pattern"),
         ("channel_group", {}, "channel_group works on channels: it has no picture of places"),
         ("identity", {}, "identity attends to nothing: it has no picture of places"),
-        ("reversed", {}, "reversed takes its 196 tokens as a line: it has no picture of places"),
     ],
 )
 def test_bad_parameters_are_one_readable_line(name, typed, message) -> None:
@@ -74,6 +79,7 @@ def test_bad_parameters_are_one_readable_line(name, typed, message) -> None:
         look(SMALL, chosen(name, **typed), (0.5, 0.5))
     assert message in str(told.value)
     assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 200
 
 
 def test_predicted_speedup_is_dense_over_visible_pairs() -> None:
@@ -87,7 +93,23 @@ def test_predicted_speedup_is_dense_over_visible_pairs() -> None:
 def test_flops_grow_with_the_tokens_for_windows_and_their_square_for_dense_attention() -> None:
     window, dense = (dict(growth(SMALL, chosen(name))) for name in ("window", "multi_head"))
     assert window[56] / window[28] == pytest.approx(4.0, rel=0.01)
-    assert dense[56] / dense[28] > 12.0
+    width = SMALL.dim
+    assert all(flops == 2 * side**2 * 4 * width**2 + 4 * side**4 * width for side, flops in dense.items())
+
+
+@pytest.mark.parametrize("side", [56, 112])
+def test_flops_of_routing_are_counted_without_computing(side) -> None:
+    """Projections, 4 of 7 x 7 regions for each query, scores between regions, and the 5 x 5 convolution of the values."""
+    tokens, dim = side**2, SMALL.dim
+    pairs = tokens * 4 * tokens // 49
+    expected = 8 * tokens * dim**2 + 4 * pairs * dim + 2 * 49**2 * dim + 2 * 25 * tokens * dim
+    assert compare._flops_at(SMALL, chosen("bi_level_routing"), side) == expected
+
+
+def test_time_is_measured_once_for_the_grid_that_is_shown() -> None:
+    points = dict(times(SMALL, chosen("window"), 123.0))
+    assert points[14] == 123.0
+    assert 0.0 < points[7] < 123.0
 
 
 def test_controls_are_those_of_the_constructor() -> None:
@@ -108,6 +130,27 @@ def test_uploads_are_decoded_and_kept_under_their_content() -> None:
     name = uploads.receive(encoded(60, 40))
     assert uploads.photo(name).shape == (3, 40, 40)
     assert uploads.photo(name)[:, 3, 3].tolist() == [200, 30, 40]
+
+
+def test_uploads_are_seen_upright_on_white_and_in_all_their_greys() -> None:
+    def sent(picture: Image.Image, form: str = "PNG", **options: object) -> torch.Tensor:
+        buffer = io.BytesIO()
+        picture.save(buffer, form, **options)
+        return uploads.decode(buffer.getvalue())
+
+    wide = Image.new("RGB", (40, 20), (0, 0, 0))
+    wide.paste((255, 0, 0), (0, 0, 20, 20))  # left half
+    turned = wide.getexif()
+    turned[274] = 6  # the camera was held so that left is up
+    seen = sent(wide, exif=turned)
+    assert seen.shape == (3, 40, 20)
+    assert seen[0, 5, 10] == 255
+    assert seen[0, 35, 10] == 0
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert sent(clear).unique().tolist() == [255]
+    deep = Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16))
+    assert sent(deep)[0].tolist() == [[0, 100], [200, 255]]
+    assert sent(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")[:, 2, 2].tolist() == pytest.approx([254, 0, 0], abs=3)
 
 
 @pytest.mark.parametrize(

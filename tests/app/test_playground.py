@@ -58,11 +58,43 @@ def test_visitor_uploads_clicks_changes_mechanisms_and_reads_numbers(tmp_path) -
         page.get_by_role("option", name="multi_head").click()
         facts("b", "3,136keys")
 
+        control.fill("3")
+        control.press("Enter")
+        facts("a", "9keys")
+        page.locator("#measure").click()
+        table = page.locator("#costs tr")
+        sync_api.expect(table).to_have_count(4, timeout=90_000)
+        _, first, second, dense = (row.split("\t") for row in table.all_inner_texts())
+        assert (first[0], second[0], dense[0]) == ("A neighborhood", "B multi_head", "dense")
+        assert second[1] == dense[1] != first[1]
+        assert page.locator("#old").inner_text().strip() == ""
+        control.fill("5")
+        control.press("Enter")
+        sync_api.expect(page.locator("#old")).to_contain_text("earlier settings", timeout=90_000)
+
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64), (10, 90, 200)).save(buffer, "PNG")
         page.locator("#send input[type=file], input[type=file]").first.set_input_files(
             {"name": "blue.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
         )
         facts("b", "11.61 bit")  # of a picture of one colour: all 3136 keys alike
+
+        page.get_by_role("tab", name="Trained model").click()
+        sync_api.expect(page.locator("#model-title")).to_contain_text("tiny_dino, trained, 224x224 pixels", timeout=90_000)
+        page.locator("#checkpoint textarea, #checkpoint input").first.fill("/etc/passwd")
+        page.locator("#open").click()
+        sync_api.expect(page.locator("#model-wrong")).to_contain_text("are read from .safetensors files", timeout=90_000)
+
+        page.get_by_role("tab", name="Catalog").click()
+        page.locator("#systems th:visible", has_text="Name").first.hover()
+        page.locator("#systems th:visible .cell-menu-button").first.click()
+        page.get_by_text("Sort ascending").first.click()
+        page.locator("#systems").get_by_text("BiFormer").locator("visible=true").first.click()
+        sync_api.expect(page.locator("#about h3")).to_have_text("BiFormer", timeout=90_000)
+
+        page.get_by_role("tab", name="Compare").click()
+        page.set_viewport_size({"width": 400, "height": 800})
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
         context.close()
     assert [url for url in asked if url.startswith("http") and not url.startswith(address)] == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +16,7 @@ from regard.app.compare import Choice, Setting, look
 from regard.app.mechanisms import build, load, read
 from regard.app.uploads import photo
 from regard.lens import capture, image_map, rollout
-from regard.lens.explain import normalised
+from regard.lens.explain import inputs_of, normalised, open_model
 from regard.models import save_checkpoint
 
 VIT = "vit_tiny_patch16_224"
@@ -84,6 +86,44 @@ def test_without_a_checkpoint_the_weights_are_others(checkpoint, drawn) -> None:
     for path in ("", checkpoint[1]):
         trained.show(VIT, path, "chelsea", trained.ALL, PLACE, "half")
     assert not torch.allclose(drawn[0], drawn[12], rtol=1e-2)
+
+
+def test_trained_model_comes_along_and_its_title_says_what_is_seen(checkpoint, drawn) -> None:
+    from regard.data.pretrained import tiny_dino
+
+    assert trained.title("tiny_dino", "", "chelsea", side=128) == "tiny_dino, trained, 128x128 pixels: no classes"
+    trained.show("tiny_dino", "", "chelsea", trained.ALL, PLACE, side=128)
+    pixels = torch.nn.functional.interpolate(photo("chelsea")[None].float(), (128, 128), mode="bilinear", antialias=True)
+    model = tiny_dino()
+    with torch.no_grad(), capture(model, lazy=True) as own:
+        model(normalised(pixels[0]))
+    at = int(PLACE[0] * 16) * 16 + int(PLACE[1] * 16)
+    found = [m for m in own if len(m.grid) == 2]
+    torch.testing.assert_close(torch.stack(drawn), torch.stack([image_map(m).map[0, at] for m in found]), **CLOSE)
+    assert len(drawn) == 6
+    with pytest.raises(ValueError, match=r"tiny_dino has its own weights: choose the model that 'mine\.safetensors' is of"):
+        trained.opened("tiny_dino", checkpoint[1])
+
+
+def test_folder_of_transformers_is_opened_with_its_own_normalisation(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="folders of transformers are read by it")
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                    image_size=32, patch_size=8, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    assert inputs_of(str(tmp_path)) == "half"
+    assert len(trained.layers("", str(tmp_path), "chelsea")) == 2 + 2
+    assert re.search(r"32x32 pixels: class \d \([abc]\) of 3,", trained.title("", str(tmp_path), "chelsea"))
+    shown, half, other = (
+        trained.show("", str(tmp_path), "chelsea", trained.ALL, PLACE, how) for how in ("auto", "half", "clip")
+    )
+    assert np.array_equal(shown, half)
+    assert not np.array_equal(shown, other)
+    with pytest.raises(ValueError, match="the model does not take 64x64 pixels, it was made for 32x32"):
+        trained.layers("", str(tmp_path), "chelsea", side=64)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        open_model(str(tmp_path))
 
 
 def test_unknown_layer_names_those_there_are(checkpoint) -> None:

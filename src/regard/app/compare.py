@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bench.usage import flops, peak_memory
-from ..lens.capture import Map, capture
+from ..lens.capture import capture
+from ..lens.captured import Map
 from ..lens.explain import at_place, centre
 from ..lens.maps import image_map
 from ..lens.pictures import Place, legend, marked, number, overlay, resized
@@ -116,13 +117,9 @@ def _recorded(name: str, grid: int, dim: int, heads: int, choice: Choice) -> tup
     placed = [m for m in maps if len(m.grid) == 2 and any(where is not None and len(where.grid) == 2 for where in m.places)]
     found = [m for m in placed if m.kind == "attention"] or placed
     if not found:
-        what = _unplaced(maps[0]) if len(maps) else "attends to nothing"
+        what = f"works on {maps[0].kind}s" if len(maps) else "attends to nothing"
         raise ValueError(f"{choice.name} {what}: it has no picture of places")
     return tuple(found)
-
-
-def _unplaced(found: Map) -> str:
-    return f"takes its {found.grid[0]} tokens as a line" if found.kind == "transposed" else f"works on {found.kind}s"
 
 
 def look(setting: Setting, choice: Choice, place: Place) -> View:
@@ -158,6 +155,8 @@ def look(setting: Setting, choice: Choice, place: Place) -> View:
             raise ValueError(f"{choice.name} has the heads 0 to {len(heat) - 1} here; got {setting.head}")
         heat, keys, rest = (each[setting.head : setting.head + 1] for each in (heat, keys, rest))
     mean = heat.mean(0)
+    if not bool(mean.isfinite().all()):
+        raise ValueError(f"{choice.name} gives weights that are no finite numbers with these parameters")
     strongest = mean.flatten().topk(min(5, mean.numel()))
     shares = mean.flatten().clamp(min=0.0)
     shares = shares / shares.sum().clamp(min=1e-30)
@@ -212,13 +211,20 @@ class Cost:
     params: int
 
 
-@lru_cache(maxsize=32)
 def cost(setting: Setting, choice: Choice) -> Cost:
-    """Count and time a mechanism.
+    """Count a mechanism, once for the same settings, and time it, each time that it is asked for.
 
     Raises:
         ValueError: see :func:`look`.
     """
+    counted = _counted(setting, choice)
+    mixer = mixer_of(choice, setting.dim, setting.heads, setting.grid)
+    return replace(counted, milliseconds=_median(mixer, tokens_of(setting.photo, setting.grid, setting.dim)) * 1e3)
+
+
+@lru_cache(maxsize=32)
+def _counted(setting: Setting, choice: Choice) -> Cost:
+    """What there is to say without a clock."""
     mixer = mixer_of(choice, setting.dim, setting.heads, setting.grid)
     tokens = tokens_of(setting.photo, setting.grid, setting.dim)
     try:
@@ -242,7 +248,7 @@ def cost(setting: Setting, choice: Choice) -> Cost:
         flops=counted["flops"],
         attention_flops=counted["attention_flops"],
         memory=memory,
-        milliseconds=_median(mixer, tokens) * 1e3,
+        milliseconds=math.nan,
         speedup=dense / attended if attended else None,
         tile_speedup=dense / computed if computed else None,
         backend=" + ".join(dict.fromkeys(p.backend for p in plans)) or "none",
@@ -263,28 +269,41 @@ def _median(mixer: nn.Module, tokens: Tensor, runs: int = 7, budget: float = 0.6
 
 
 @lru_cache(maxsize=32)
-def growth(setting: Setting, choice: Choice, timed: bool = False) -> tuple[tuple[int, float], ...]:
-    """How the cost of a mechanism grows with the resolution: tokens on a side, and FLOPs or seconds.
+def growth(setting: Setting, choice: Choice) -> tuple[tuple[int, float], ...]:
+    """How the FLOPs of a mechanism grow with the resolution: tokens on a side, and FLOPs.
 
-    Grids at which a mechanism does not run, or would take long, are left out.
+    Grids at which a mechanism does not run, or would take long to count, are left out.
+    """
+    return _points(lambda side: _flops_at(setting, choice, side), GROWTH)
+
+
+def times(setting: Setting, choice: Choice, here: float) -> tuple[tuple[int, float], ...]:
+    """How the time of a mechanism grows with the resolution: tokens on a side, and seconds.
 
     Args:
         setting, choice: what to look at.
-        timed: seconds instead of FLOPs.
+        here: seconds at the grid of the setting, which are known; it is not measured twice.
     """
+
+    def seconds(side: int) -> float:
+        if side == setting.grid:
+            return here
+        tokens = tokens_of(setting.photo, side, setting.dim)
+        return _median(mixer_of(choice, setting.dim, setting.heads, side), tokens, runs=5, budget=0.3)
+
+    return _points(seconds, tuple(side for side in GROWTH if side <= max(GRIDS)))
+
+
+def _points(value: Callable[[int], float], sides: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """The value at each side for which there is one, until one would take long."""
     points: list[tuple[int, float]] = []
     took = 0.0
-    for side in GROWTH:
-        slow = took * 8 > PATIENCE  # between linear and quadratic in tokens
-        if (slow and (timed or side > max(GRIDS))) or (timed and side > max(GRIDS)):
+    for side in sides:
+        if took * 8 > PATIENCE:  # between linear and quadratic in tokens
             break
         start = time.perf_counter()
         try:
-            if timed:
-                mixer = mixer_of(choice, setting.dim, setting.heads, side)
-                points.append((side, _median(mixer, tokens_of(setting.photo, side, setting.dim), runs=3, budget=0.3)))
-            else:
-                points.append((side, _flops_at(setting, choice, side)))
+            points.append((side, value(side)))
         except (ValueError, RuntimeError, TypeError, IndexError):
             continue
         took = time.perf_counter() - start

@@ -20,8 +20,14 @@ from ..ops.patterns import Ints, as_pattern
 PATTERN = "any pattern"
 """The mechanism whose parameter is the text form of a pattern."""
 EXAMPLE = "neighborhood(7, dilation=4) | axis(0)"
-MOST = 256
-"""Largest whole number that a parameter may have: tables of offsets grow with its square."""
+MOST = 64
+"""Largest whole number that a parameter may have: photographs have no more tokens on a side, and costs grow with its square."""
+LARGE = 1e6
+"""Largest number that a parameter may have, whole or not."""
+LONGEST, JOINED = 200, 5
+"""Letters of the text form of a pattern, and patterns joined in it: telling apart what they share doubles with each."""
+PARAMETERS = 20_000_000
+"""Learned values that a mechanism may have."""
 
 UNSHOWN = frozenset({
     "dim", "heads", "rank", "scale", "device", "dtype", "grid", "trained_grid", "prefix", "qkv_bias", "proj_bias", "v_bias",
@@ -31,6 +37,8 @@ UNSHOWN = frozenset({
 WORDS = {"border": ("shift", "mask", "zero"), "pad": ("mask", "token"), "router": ("linear", "query_norm"),
          "pool": ("conv", "mean")}  # fmt: skip
 """What a parameter of text may be, where every mechanism that has it takes some of these."""
+SIZES = frozenset({"kernel_size", "conv_size", "stride"})
+"""Whole numbers that begin at one, wherever they appear."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,17 @@ class Field:
             value = None
         wanted = {"whole": "a whole number", "wholes": "a whole number, or two such as 3,7", "number": "a number"}[self.kind]
         if self.kind == "number" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not abs(value) <= LARGE:
+                raise ValueError(f"{self.name} must lie between -{LARGE:g} and {LARGE:g}; got {short_text(text)[1:-1]}")
             return float(value)
         entries = value if isinstance(value, tuple) and self.kind == "wholes" else (value,)
-        if self.kind == "number" or not entries or any(not isinstance(n, int) or isinstance(n, bool) for n in entries):
-            raise ValueError(f"{self.name} must be {wanted}; got {text!r}")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in entries)
+        if self.kind == "number" or not whole or len(entries) != (2 if isinstance(value, tuple) else 1):
+            raise ValueError(f"{self.name} must be {wanted}; got {short_text(text)}")
         if any(abs(n) > MOST for n in entries):
-            raise ValueError(f"{self.name} must be at most {MOST} here; got {text}")
+            raise ValueError(f"{self.name} must be at most {MOST} here; got {short_text(text)[1:-1]}")
+        if self.name in SIZES and min(entries) < 1:
+            raise ValueError(f"{self.name} must be at least 1; got {short_text(text)[1:-1]}")
         return value
 
 
@@ -148,21 +161,37 @@ def build(name: str, values: Mapping[str, object], dim: int, heads: int, grid: i
     Raises:
         ValueError: what the constructor does not take.
     """
-    arguments = dict(values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            if name == PATTERN:
-                pattern = as_pattern(str(arguments["pattern"]))
-                if pattern.rank() not in (None, 2):
-                    raise ValueError(f"{pattern!r} is for grids of {pattern.rank()} axes; a photograph has 2")
-                return _sharp(PatternMixer(dim, heads, pattern, relative_bias=False, rank=2))
-            sized = inspect.signature(mixer_class(name)).parameters.get("grid")
-            if sized is not None and sized.default is not None:  # made for one grid
-                arguments["grid"] = (grid, grid)
-            return _sharp(create_mixer(name, dim=dim, heads=heads, **arguments))
+            with torch.device("meta"):
+                learned = sum(p.numel() for p in _made(name, values, dim, heads, grid).parameters())
+            if learned > PARAMETERS:
+                raise ValueError(f"{name} has {learned:.3g} learned values like this, more than {PARAMETERS:.3g}: choose less")
+            return _sharp(_made(name, values, dim, heads, grid))
         except (TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
             raise ValueError(f"{name} does not take this: {str(error).splitlines()[0]}") from error
+
+
+def short_text(typed: str) -> str:
+    """What was typed, in quotes and not too long to read."""
+    return repr(typed if len(typed) <= 60 else f"{typed[:57]}...")
+
+
+def _made(name: str, values: Mapping[str, object], dim: int, heads: int, grid: int) -> nn.Module:
+    arguments = dict(values)
+    if name == PATTERN:
+        text = str(arguments["pattern"])
+        if len(text) > LONGEST or text.count("|") + text.count("&") >= JOINED:
+            raise ValueError(f"a pattern may have {LONGEST} letters and join {JOINED} others here; got {short_text(text)}")
+        pattern = as_pattern(text)
+        if pattern.rank() not in (None, 2):
+            raise ValueError(f"{pattern!r} is for grids of {pattern.rank()} axes; a photograph has 2")
+        return PatternMixer(dim, heads, pattern, relative_bias=False, rank=2)
+    sized = inspect.signature(mixer_class(name)).parameters.get("grid")
+    if sized is not None and sized.default is not None:  # made for one grid
+        arguments["grid"] = (grid, grid)
+    return create_mixer(name, dim=dim, heads=heads, **arguments)
 
 
 def _sharp(mixer: nn.Module) -> nn.Module:

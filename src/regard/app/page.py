@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 
 from .. import catalog
-from ..lens.explain import NORMALISATIONS
+from ..lens.explain import AUTO, NORMALISATIONS, TINY_DINO
 from ..models import list_models
 from . import compare, trained, uploads
 from .compare import Choice, Setting
@@ -20,6 +23,8 @@ from .mechanisms import fields_of, mechanisms, read
 MIDDLE = (0.45, 0.55)
 STARTS = ("neighborhood", "bi_level_routing")
 MEAN = "mean"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Addresses that other machines do not reach."""
 
 CSS = """
 .gradio-container{max-width:1240px!important;margin:auto!important;padding:12px 20px!important}
@@ -29,22 +34,44 @@ footer{display:none!important}
 .facts span{color:#6b7785;font-size:.8rem}
 .keys{width:100%;font-size:.85rem;border-collapse:collapse}.keys td{padding:1px 6px 1px 0;border:0}
 .keys i{display:block;height:9px;background:#d1603d;border-radius:2px}.keys td:nth-child(2){width:60%}
-.wrong{color:#a61b1b;background:#fdecec;border-radius:6px;padding:.45rem .7rem;font-size:.9rem}
+.wrong{color:#a61b1b;background:#fdecec;border-radius:6px;padding:.45rem .7rem;font-size:.9rem;overflow-wrap:anywhere}
+.hint{color:#6b7785;font-size:.9rem}.scroll{overflow-x:auto;contain:inline-size}
 .costs{width:100%;border-collapse:collapse;font-size:.92rem}.costs th{color:#6b7785;font-weight:500;text-align:right}
-.costs td,.costs th{padding:.3rem .6rem;border:0;border-bottom:1px solid #e4e8ec;text-align:right}
-.keys,.costs{border:0!important}.keys td,.costs td,.costs th{border-left:0!important;border-right:0!important}
+.costs td,.costs th{padding:.3rem .6rem;text-align:right;white-space:nowrap}
+.keys,.costs{border:0!important}.keys td,.costs td,.costs th{border-width:0!important}
+.costs td,.costs th{border-bottom:1px solid var(--border-color-primary)!important}
 .keys td,.keys tr,.costs tr{border:0!important;background:none!important}
-#controls-a .form,#controls-b .form{display:grid!important;grid-template-columns:repeat(4,1fr);background:none}
-.line:not(:has(.wrong)){display:none!important}
+#controls-a .form,#controls-b .form{display:grid!important;grid-template-columns:repeat(4,1fr);
+  background:var(--block-background-fill)}
+.line:not(:has(.wrong,.hint)){display:none!important}
 #send,#send-model{align-self:center;height:44px;flex-grow:0}
 .costs td:first-child,.costs th:first-child{text-align:left}
-.formula{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;background:#f6f8fa;padding:.8rem 1rem;border-radius:8px}
+.formula{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;padding:.7rem 1rem;border-radius:8px;
+  margin:.5rem 0;color:var(--body-text-color);background:var(--background-fill-secondary)}
+@media (max-width:700px){
+  .gradio-container{padding:8px 4px!important}
+  #controls-a .form,#controls-b .form{grid-template-columns:repeat(2,1fr)}
+}
 """
+CLICK = "Click the picture: a ring marks the token that looks, colours show what it attends to."
+COSTS = (
+    "One photograph, float32, {threads}; a multiply-add is two FLOPs. Predicted speed-up: the pairs of dense attention for "
+    "each that the pattern shows, which no exact method can beat, and for each that its tiles compute. Curves end where a "
+    "mechanism would take long."
+)
+OLD = "These costs are of earlier settings: measure again."
+AWAY = "files of this machine are opened only where the page is served to this machine alone"
+"""What a visitor of another machine is told."""
 
 
 def wrong(error: Exception | None) -> str:
     """The line that says what is not right."""
     return "" if error is None else f'<div class="wrong">{html.escape(" ".join(str(error).split()))}</div>'
+
+
+def hint(words: str) -> str:
+    """A quiet line."""
+    return f'<div class="hint">{html.escape(words)}</div>' if words else ""
 
 
 def facts(view: compare.View) -> str:
@@ -74,13 +101,23 @@ def costs(entries: list[tuple[str, compare.Cost]]) -> str:
             f"{each.milliseconds:.3g} ms", *speed, each.backend, compare.short(each.params),
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    return f'<table class="costs"><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(rows)}</table>'
+    table = f'<table class="costs"><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(rows)}</table>'
+    count = torch.get_num_threads()
+    return f'<div class="scroll">{table}</div>' + hint(COSTS.format(threads=f"{count} thread{'s' if count > 1 else ''}"))
 
 
-def choice_of(chosen: tuple[str, dict[str, object]], file: str) -> Choice:
+def choice_of(chosen: tuple[str, dict[str, object]], file: str, files: bool = True) -> Choice:
     """A mechanism from its name and what was typed; raises ``ValueError`` where that does not fit."""
     name, typed = chosen
-    return Choice(name, tuple(read(name, typed).items()), file or "")
+    return Choice(name, tuple(read(name, typed).items()), path_of(file, files))
+
+
+def path_of(typed: str | None, files: bool) -> str:
+    """The path that was typed, if files may be opened; raises ``ValueError`` where they may not."""
+    path = (typed or "").strip()
+    if path and not files:
+        raise ValueError(AWAY)
+    return path
 
 
 def place_of(event: gr.SelectData, shape: tuple[int, int] = (compare.SIDE, compare.SIDE)) -> tuple[float, float] | None:
@@ -101,13 +138,17 @@ def shown(setting: Setting, choice: Choice | Exception, place: tuple[float, floa
     return view.drawn, facts(view), ""
 
 
-def build() -> gr.Blocks:
-    """The page."""
-    with gr.Blocks(title="regard", analytics_enabled=False) as page:
+def build(files: bool = True) -> gr.Blocks:
+    """The page.
+
+    Args:
+        files: whether visitors may open checkpoints of this machine by their paths.
+    """
+    with gr.Blocks(title="regard", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         with gr.Tab("Compare"):
-            _compare_tab(page)
-        with gr.Tab("Trained model"):
-            _trained_tab()
+            _compare_tab(page, files)
+        with gr.Tab("Trained model") as tab:
+            _trained_tab(tab, files)
         with gr.Tab("Catalog"):
             _catalog_tab(page)
     return page
@@ -127,8 +168,9 @@ def _receive(data: bytes) -> tuple[Any, str]:
     return gr.Dropdown(choices=[*uploads.names(), name], value=name), ""
 
 
-def _compare_tab(page: gr.Blocks) -> None:
+def _compare_tab(page: gr.Blocks, files: bool) -> None:
     place = gr.State(MIDDLE)
+    gr.HTML(hint(f"{CLICK} Its queries and keys are random projections of the photograph, unless weights are given below."))
     with gr.Row(equal_height=True):
         photo, send = _photo_row("")
         grid = gr.Dropdown([(f"{n}x{n}", n) for n in compare.GRIDS], value=56, label="Tokens", elem_id="grid", min_width=90)
@@ -148,9 +190,10 @@ def _compare_tab(page: gr.Blocks) -> None:
     with gr.Row():
         for side, pane in zip(sides, panes, strict=True):
             with gr.Column():
-                pane |= _map(side)
+                pane |= _map(side, files)
     with gr.Row():
         measure = gr.Button("Measure cost", variant="primary", elem_id="measure", scale=0, min_width=160)
+    old = gr.HTML("", elem_id="old", elem_classes="line")
     table = gr.HTML("", elem_id="costs")
     figure = gr.Image(visible=False, show_label=False, interactive=False, format="png", buttons=[], elem_id="growth")
 
@@ -159,7 +202,7 @@ def _compare_tab(page: gr.Blocks) -> None:
 
     def draw(photo, grid, dim, heads, weights, head, place, chosen, file):
         try:
-            choice: Choice | Exception = choice_of(chosen, file)
+            choice: Choice | Exception = choice_of(chosen, file, files)
         except ValueError as error:
             choice = error
         return shown(setting(photo, grid, dim, heads, weights, head), choice, place)
@@ -167,24 +210,32 @@ def _compare_tab(page: gr.Blocks) -> None:
     def count(photo, grid, dim, heads, weights, head, place, *panes):
         common = setting(photo, grid, dim, heads, "random", MEAN)
         try:
-            choices = [choice_of(*panes[i : i + 2]) for i in (0, 2)]
+            choices = [choice_of(panes[i], panes[i + 1], files) for i in (0, 2)]
             dense = Choice("multi_head", tuple(read("multi_head", {}).items()))
             named = [(f"{side} {choice.name}", choice) for side, choice in zip("AB", choices, strict=True)] + [("dense", dense)]
             entries = [(name, compare.cost(common, choice)) for name, choice in named]
-            curves = [(name, compare.growth(common, choice), compare.growth(common, choice, True)) for name, choice in named]
+            curves = [
+                (name, compare.growth(common, choice), compare.times(common, choice, each.milliseconds / 1e3))
+                for (name, choice), (_, each) in zip(named, entries, strict=True)
+            ]
         except (ValueError, FileNotFoundError) as error:
-            return wrong(error), gr.Image(visible=False)
-        return costs(entries), gr.Image(compare.growth_figure(curves), visible=True)
+            return wrong(error), gr.Image(visible=False), ""
+        return costs(entries), gr.Image(compare.growth_figure(curves), visible=True), ""
 
     for pane in panes:
         inputs = [*shared, pane["chosen"], pane["file"]]
         outputs = [pane["image"], pane["facts"], pane["wrong"]]
-        changes = [each.change for each in (photo, grid, dim, heads, weights, head, place, pane["chosen"])]
-        gr.on([*changes, pane["file"].submit, page.load], draw, inputs, outputs, show_progress="hidden")
-        pane["image"].select(_clicked, None, place, show_progress="hidden")
+        changes = [each.change for each in (photo, grid, dim, heads, weights, head, pane["chosen"])]
+        gr.on([*changes, pane["file"].submit, page.load], draw, inputs, outputs, show_progress="minimal",
+              show_progress_on=pane["image"], trigger_mode="always_last")  # fmt: skip
+        place.change(draw, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
+        pane["image"].select(_clicked, None, place, show_progress="hidden", trigger_mode="always_last")
     send.upload(_receive, send, [photo, trouble])
     all_panes = [pane[key] for pane in panes for key in ("chosen", "file")]
-    measure.click(count, [*shared, *all_panes], [table, figure])
+    counted = [photo, grid, dim, heads, *(pane["chosen"] for pane in panes)]
+    gr.on([each.change for each in counted], lambda table: hint(OLD) if "<table" in (table or "") else "", table, old,
+          show_progress="hidden")  # fmt: skip
+    measure.click(count, [*shared, *all_panes], [table, figure, old], show_progress_on=table)
 
 
 def _clicked(event: gr.SelectData) -> Any:
@@ -230,7 +281,7 @@ def _controls(side: str, start: str) -> dict[str, Any]:
     return {"chosen": chosen}
 
 
-def _map(side: str) -> dict[str, Any]:
+def _map(side: str, files: bool) -> dict[str, Any]:
     """The picture of a mechanism, its numbers, and where its weights come from."""
     error = gr.HTML("", elem_id=f"wrong-{side}", elem_classes="line")
     image = gr.Image(
@@ -238,19 +289,27 @@ def _map(side: str) -> dict[str, Any]:
     )
     numbers = gr.HTML("", elem_id=f"facts-{side}")
     file = gr.Textbox(
-        label="Weights from a .safetensors file (path#part, Enter); random without", max_lines=1, elem_id=f"file-{side}"
-    )
+        label="Weights from a .safetensors file (path#part, Enter); random without", max_lines=1, elem_id=f"file-{side}",
+        visible=files,
+    )  # fmt: skip
     return {"file": file, "image": image, "facts": numbers, "wrong": error}
 
 
-def _trained_tab() -> None:
+def _trained_tab(tab: gr.Tab, files: bool) -> None:
     place = gr.State(MIDDLE)
+    opened = gr.State(None)  # what the maps are of, whatever has been typed since
+    gr.HTML(hint(f"{CLICK} {TINY_DINO} is trained and comes with regard; other models are random without a checkpoint."))
+    names: list[Any] = [(f"{TINY_DINO} (trained)", TINY_DINO), *list_models()]
     with gr.Row(equal_height=True):
-        model = gr.Dropdown(list_models(), value="vit_tiny_patch16_224", label="Model", elem_id="model", scale=2)
-        path = gr.Textbox(label="Checkpoint (.safetensors); random weights without", max_lines=1, elem_id="checkpoint", scale=3)
-        normalise = gr.Dropdown(list(NORMALISATIONS), value="imagenet", label="Trained on inputs like", min_width=120)
+        model = gr.Dropdown(names, value=TINY_DINO, label="Model", elem_id="model", scale=2)
+        path = gr.Textbox(label="Checkpoint: .safetensors file or folder of transformers", max_lines=1,
+                          elem_id="checkpoint", scale=3, visible=files)  # fmt: skip
+        normalise = gr.Dropdown([AUTO, *NORMALISATIONS], value=AUTO, label="Normalised as", min_width=120)
+        side = gr.Dropdown([("as trained", 0), *((f"{n}x{n}", n) for n in trained.SIDES)], value=224, label="Pixels",
+                           elem_id="side", min_width=120)  # fmt: skip
         opens = gr.Button("Open", variant="primary", elem_id="open", scale=0, min_width=110)
     error = gr.HTML("", elem_id="model-wrong", elem_classes="line")
+    title = gr.HTML("", elem_id="model-title")
     with gr.Row():
         with gr.Column(scale=2):
             with gr.Row(equal_height=True):
@@ -263,23 +322,37 @@ def _trained_tab() -> None:
     def seen(name: str, place: tuple[float, float]) -> np.ndarray:
         return compare.photograph_with(name, place)
 
-    def draw(model, path, normalise, photo, what, place):
+    def draw(opened, photo, what, place):
+        if opened is None:
+            return seen(photo, place), gr.skip(), gr.skip()
         try:
-            return seen(photo, place), trained.show(model, path, photo, what, place, normalise), ""
-        except (ValueError, FileNotFoundError) as problem:
+            name, path, normalise, side = opened
+            return seen(photo, place), trained.show(name, path, photo, what, place, normalise, side), ""
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as problem:
             return seen(photo, place), gr.skip(), wrong(problem)
 
-    def start(model, path, normalise, photo, place):
+    def start(model, path, normalise, side, photo, place):
         try:
-            found = trained.layers(model, path, photo, normalise)
-            return gr.Dropdown(found, value=trained.ALL), *draw(model, path, normalise, photo, trained.ALL, place)
-        except (ValueError, FileNotFoundError) as problem:
-            return gr.skip(), gr.skip(), gr.skip(), wrong(problem)
+            wanted = (model, path_of(path, files), normalise, int(side))
+            found = trained.layers(model, wanted[1], photo, normalise, wanted[3])
+            words = hint(trained.title(model, wanted[1], photo, normalise, wanted[3]))
+            return wanted, gr.Dropdown(found, value=trained.ALL), words, *draw(wanted, photo, trained.ALL, place)
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as problem:
+            return *[gr.skip()] * 5, wrong(problem)
 
     shown = [image, maps, error]
-    opens.click(start, [model, path, normalise, photo, place], [what, *shown])
-    gr.on([photo.change, what.input, place.change], draw, [model, path, normalise, photo, what, place], shown)
-    image.select(_clicked, None, place, show_progress="hidden")
+    gr.on([opens.click, path.submit], start, [model, path, normalise, side, photo, place], [opened, what, title, *shown],
+          show_progress_on=maps)  # fmt: skip
+    changes = [photo.change, what.input, place.change]
+    gr.on(changes, draw, [opened, photo, what, place], shown, show_progress_on=maps, show_progress="minimal",
+          trigger_mode="always_last")  # fmt: skip
+
+    def first(opened, *settings):
+        return [gr.skip()] * 6 if opened is not None else start(*settings)
+
+    tab.select(first, [opened, model, path, normalise, side, photo, place], [opened, what, title, *shown],
+               show_progress_on=maps)  # fmt: skip
+    image.select(_clicked, None, place, show_progress="hidden", trigger_mode="always_last")
     send.upload(_receive, send, [photo, error])
 
 
@@ -300,7 +373,9 @@ def _catalog_tab(page: gr.Blocks) -> None:
         return shown, systems, *_about(systems[0] if systems else None)
 
     def choose(systems: list[catalog.System], event: gr.SelectData):
-        return _about(systems[event.index[0]])
+        row = list(event.row_value[:2])  # not its number: the visitor may have sorted
+        chosen = [each for each in systems if [each.name, each.title] == row]
+        return _about(chosen[0] if chosen else None)
 
     listen: list[Callable] = [words.change, page.load]
     gr.on(listen, look, words, [rows, found, about, code], show_progress="hidden")
@@ -316,15 +391,25 @@ def _about(system: catalog.System | None) -> tuple[str, Any]:
     rest = "".join(f"<p><b>{name}</b> {html.escape(text)}</p>" for name, text in lines if text)
     text = (
         f"<h3>{html.escape(system.name)}</h3><p>{html.escape(system.title)}, {system.year}. {paper}</p>"
-        f'<div class="formula">{html.escape(account.text)}</div>{rest}'
+        f"{_told(account.text)}{rest}"
     )
     return text, gr.Code(system.lines, visible=True)
+
+
+def _told(text: str) -> str:
+    """A docstring as paragraphs and indented formulas."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text):
+        for formula, lines in groupby(block.splitlines(), lambda line: line.startswith("    ")):
+            words = [html.escape(line.strip()) for line in lines]
+            parts.append(f'<div class="formula">{"<br>".join(words)}</div>' if formula else f"<p>{' '.join(words)}</p>")
+    return "".join(parts)
 
 
 def serve(host: str, port: int | None, wait: bool) -> str:
     """See :func:`regard.app.launch`."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    page = build().queue(default_concurrency_limit=1, max_size=64)
+    page = build(files=host in LOCAL).queue(default_concurrency_limit=1, max_size=64)
     _, local, _ = page.launch(
         server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=False,
         max_file_size=uploads.BYTES, enable_monitoring=False, footer_links=[], css=CSS, inbrowser=False,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.embedded import PHOTOGRAPHS, photograph
+from ..data.images import as_seen
 
 BYTES = 8 << 20
 """Of a file, at most."""
@@ -78,7 +79,7 @@ def decode(data: bytes) -> Tensor:
     Raises:
         ValueError: too many bytes or pixels; another format than ``FORMATS``; broken.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if len(data) > BYTES:
         raise ValueError(f"an image may have {BYTES >> 20} MiB at most; got {len(data) / 2**20:.1f} MiB")
@@ -90,7 +91,7 @@ def decode(data: bytes) -> Tensor:
                 if width * height > PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, more than {PIXELS / 1e6:.0f} million")
                 opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded smaller at once
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
+                picture = as_seen(opened)
         picture.thumbnail((SIDE, SIDE))
     except Exception as error:  # decoders of broken files raise anything
         reason = f"not an image of {', '.join(FORMATS)}" if "cannot identify" in str(error) else str(error).splitlines()[0]
