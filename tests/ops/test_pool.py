@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import threading
 import time
@@ -80,12 +81,13 @@ def test_an_error_comes_out_and_the_pool_goes_on_working(caller, three_threads):
     assert sorted(done) == list(range(20))
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["on a pool", "by torch's threads"])
 @pytest.mark.parametrize(
     "pattern", [P.Neighborhood(5), P.Neighborhood(3, dilation=2), P.Axis(0) | P.Axis(1), P.Halo(4, 2)], ids=repr
 )
-def test_attention_and_all_gradients_are_those_of_one_thread(pattern, three_threads, monkeypatch):
+def test_attention_and_all_gradients_are_those_of_one_thread(pattern, shared, three_threads, monkeypatch):
     monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)  # many pieces, whose keys overlap
-    monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0)
+    monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0 if shared else math.inf)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 19, 17, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = OffsetBias(2, pattern, 2, grid=(19, 17), dtype=torch.float64) if isinstance(pattern, P.Neighborhood) else None
@@ -95,7 +97,11 @@ def test_attention_and_all_gradients_are_those_of_one_thread(pattern, three_thre
     def run(threads, backend):
         torch.set_num_threads(threads)
         y, lse = attend(q, k, v, pattern, bias=bias, backend=backend, return_lse=True)
-        return y, *torch.autograd.grad((y * direction).sum() + lse.square().sum(), leaves)
+        alone = attend(q, k, v, pattern, bias=bias, backend=backend)
+        gradients = torch.autograd.grad((y * direction).sum() + lse.square().sum(), leaves)
+        with torch.no_grad():
+            unseen = attend(q, k, v, pattern, bias=bias, backend=backend)
+        return y, lse, unseen, *gradients, *torch.autograd.grad((alone * direction).sum(), leaves)
 
     truth = run(1, "reference")
     for threads in (1, 3):

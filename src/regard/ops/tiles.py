@@ -17,13 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tile_attention import triangle
+from .tile_attention import CACHED_SCORES, multiplies, triangle
 from .tiling import TileGroup, TilePlan
 
 BUFFER = 1 << 19
 """Elements of the keys gathered at once, per thread: small enough for the caches, large enough to amortise the calls."""
-STORED = 1 << 18
-"""Scores of the tiles at once where they are stored, for the same reason."""
 
 
 @dataclass
@@ -294,7 +292,8 @@ class Problem:
 
     Where routed ``blocks`` differ per head, the heads are folded into the batch (``folded`` of them per batch item, else 1), so
     that here ``blocks`` is always ``(batch or 1, query_blocks, listed)``. ``parallel`` chunks are for several threads at once;
-    ``stored`` tells that the scores of a chunk will be.
+    ``stored`` tells that the scores of a chunk will be, ``multiplied`` that those of small tiles may be, see
+    :func:`regard.ops.tile_attention.multiplies`, and ``need_lse`` whether the log-sum-exp is of use.
     """
 
     q: Rows
@@ -307,6 +306,8 @@ class Problem:
     folded: int
     parallel: bool = False
     stored: bool = False
+    multiplied: bool = False
+    need_lse: bool = True
 
     @property
     def heads(self) -> int:
@@ -324,10 +325,10 @@ class Problem:
 
     def tiles_at_once(self, tq: int, tk: int) -> int:
         """How many tiles of ``tq`` queries and ``tk`` keys make a chunk."""
-        limit = BUFFER // (tk * self.k.heads * self.k.dim)
-        if self.stored:
-            limit = min(limit, STORED // (self.heads * tq * tk))
-        return max(1, limit if self.q.rows.device.type == "cpu" else limit * 64)
+        limit, scores, device = BUFFER // (tk * self.k.heads * self.k.dim), self.heads * tq * tk, self.q.rows.device
+        if self.stored or (self.multiplied and multiplies(device, scores, tk)):
+            limit = min(limit, CACHED_SCORES // scores)
+        return max(1, limit if device.type == "cpu" else limit * 64)
 
     def fold(self, tensor: Tensor) -> Tensor:
         """``(batch, *grid, heads, dim)`` as ``(batch * heads, *grid, 1, dim)`` where heads are folded."""
@@ -360,6 +361,7 @@ def pose(
     narrow: bool = False,
     parallel: bool = False,
     stored: bool = False,
+    multiplied: bool = False,
 ) -> Problem:
     """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64).
 
@@ -374,7 +376,7 @@ def pose(
         valid = valid.expand(q.shape[0], *valid.shape[1:]).repeat_interleave(folded, 0)
     q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind, role) for t, role in zip((q, k, v), "qkv", strict=True))
     table = None if table is None else table.to(statistics)
-    return Problem(q_rows, k_rows, v_rows, scale, table, valid, blocks, folded, parallel, stored)
+    return Problem(q_rows, k_rows, v_rows, scale, table, valid, blocks, folded, parallel, stored, multiplied)
 
 
 def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator[Chunk]:

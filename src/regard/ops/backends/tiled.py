@@ -25,7 +25,7 @@ from ..call import Call
 from ..merging import merge
 from ..patterns import Blocks, Ints, Tokens
 from ..pool import run_all
-from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, fused_backward, narrow_products
+from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
 from ..tiling import TileGroup, TilePlan, tile_plan
 from . import dense, reference
@@ -33,7 +33,7 @@ from .operators import complete, differentiated, lse_like
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
-SHARED_FLOPS = 4e8
+SHARED_FLOPS = 1e9
 """From so much work on, the chunks of a forward are shared out over threads. Below, and in the backward, torch's own threads
 split each operator: inside a model they still spin when a pool begins."""
 
@@ -157,23 +157,28 @@ def tiled_attention(
     parallel = q.device.type == "cpu" and flops >= SHARED_FLOPS
     with torch.autocast(q.device.type, enabled=False):
         if not need_lse and narrow_products(q):
-            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True, parallel=parallel)
+            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True, parallel=parallel, multiplied=not parallel)
             parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
             if len(parts) == 1:
                 return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
-        problem = pose(q, k, v, table, valid, blocks, scale, parallel=parallel)
-        out, lse = _attend(problem, q, k, v, block, spec, bias_spec, q_start, zeros)
+        problem = pose(q, k, v, table, valid, blocks, scale, parallel=parallel, multiplied=not parallel)
+        parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
+        problem.need_lse = need_lse or len(parts) > 1
+        out, lse = _attend(problem, parts, q, v)
         return out, lse if need_lse else lse.new_empty(0)
 
 
-def _attend(problem: Problem, q: Tensor, k: Tensor, v: Tensor, block, spec, bias_spec, q_start, zeros) -> tuple[Tensor, Tensor]:
+def _attend(problem: Problem, parts: list[Iterator[Chunk]], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp (any, where it is not needed)."""
     rows: tuple[Tensor, Tensor] | None = None
-    for chunks in _parts(problem, q, k, block, spec, bias_spec, q_start, zeros):
+    for chunks in parts:
         rows = _forward(problem, chunks, rows)
     shape = (*q.shape[:-1], v.shape[-1])
     if rows is None:  # a pattern that shows nothing
         return q.new_zeros(shape), lse_like(q).fill_(-torch.inf)
     out = problem.unfold(rows[0], shape, q.dtype)
+    if not problem.need_lse:
+        return out, rows[1]
     return out, problem.unfold(rows[1], (*q.shape[:-1], 1), problem.q.rows.dtype).squeeze(-1)
 
 
@@ -212,7 +217,8 @@ def _forward(problem: Problem, chunks: Iterator[Chunk], others: tuple[Tensor, Te
             chunk.queries.merge(out, lse, *done)
         else:
             chunk.queries.put(out, done[0])
-            chunk.queries.put(lse, done[1])
+            if problem.need_lse:
+                chunk.queries.put(lse, done[1])
 
     run_all(attend_one, chain([first], chunks), problem.parallel)
     return out, lse
@@ -221,11 +227,15 @@ def _forward(problem: Problem, chunks: Iterator[Chunk], others: tuple[Tensor, Te
 def _attend_chunk(problem: Problem, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Rows of output ``(n * tq, heads * value_dim)`` and log-sum-exp of the queries of a chunk."""
     q, k, v = (t.gather(i, problem.heads, problem.width) for t, i in zip(*_operands(problem, chunk), strict=True))
-    out, lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale)
+    out, lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale, problem.need_lse)
     if chunk.blind is not None:
         out = out.masked_fill(chunk.blind[:, None, :, None], 0.0)
+    rows = to_rows(out, problem.heads, problem.v.dim)
+    if not problem.need_lse:
+        return rows, lse
+    if chunk.blind is not None:
         lse = lse.masked_fill(chunk.blind[:, None], -torch.inf)
-    return to_rows(out, problem.heads, problem.v.dim), lse.transpose(1, 2).reshape(-1, problem.heads)
+    return rows, lse.transpose(1, 2).reshape(-1, problem.heads)
 
 
 @torch.library.custom_op("regard::tiled_attention_backward", mutates_args=())
@@ -249,8 +259,7 @@ def tiled_attention_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
-    stored = not fused_backward(q, grad_lse is not None or need_table)
-    problem = pose(q, k, v, table, valid, blocks, scale, stored=stored)
+    problem = pose(q, k, v, table, valid, blocks, scale, stored=grad_lse is not None or need_table)
     parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
     with torch.autocast(q.device.type, enabled=False):
         (dq, dk, dv), grad_table = _gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
