@@ -98,3 +98,26 @@ def test_visitor_uploads_clicks_changes_mechanisms_and_reads_numbers(tmp_path) -
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         context.close()
     assert [url for url in asked if url.startswith("http") and not url.startswith(address)] == []
+
+
+def test_page_of_an_explanation_shows_its_pictures_and_asks_for_nothing(tmp_path) -> None:
+    from regard.cli import main
+
+    out = tmp_path / "seen"
+    with pytest.raises(SystemExit) as left:
+        main(["explain", "chelsea", "--model", "tiny_dino", "--query", "150,225", "--rollout", "--out", str(out)])
+    assert not left.value.code
+    asked: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(tmp_path / "profile"), executable_path=str(CHROMIUM), headless=True, args=ARGUMENTS
+        )
+        context.on("request", lambda request: asked.append(request.url))
+        page = context.pages[0]
+        page.goto((tmp_path / "seen.html").as_uri())
+        widths = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        page.screenshot(path=str(tmp_path / "seen-in-browser.png"), full_page=True)
+        context.close()
+    assert widths
+    assert all(width > 0 for width in widths)
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
