@@ -70,6 +70,12 @@ def test_what_a_static_pattern_shows_is_found_out_once_and_serves_inference_and_
         mine = attend(other, other, other, pattern, backend="dense")
         torch.testing.assert_close(mine, attend(other, other, other, pattern, backend="tiled"))
     assert len(asked) == 4
+    k = torch.randn(1, 6, 7, 2, 4, dtype=torch.float64)
+    for pattern in (P.Neighborhood(3), P.Neighborhood(3, border="zero")):  # queries of other rows, keys around the grid
+        whole = attend(k, k, k, pattern, backend="reference")
+        for start in (0, 3):
+            some = attend(k[:, start : start + 3], k, k, pattern, q_start=start, backend="dense")
+            torch.testing.assert_close(some, whole[:, start : start + 3])
 
 
 def test_causal_tiles_do_without_the_private_operators():
