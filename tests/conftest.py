@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from regard.models import create_model, save_checkpoint
+
 settings.register_profile(
     "regard",
     deadline=None,
@@ -31,3 +33,13 @@ def no_compiled_graphs() -> None:
     """A class is compiled only a few times over before torch gives up: forget what other tests compiled."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str]:
+    """A small vision transformer with random weights, and the file that has them."""
+    torch.manual_seed(7)
+    model = create_model("vit_tiny_patch16_224").eval()
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    save_checkpoint(model, path)
+    return model, str(path)

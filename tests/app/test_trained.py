@@ -10,28 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from regard import create_model
 from regard.app import trained
 from regard.app.compare import Choice, Setting, look
 from regard.app.mechanisms import build, load, read
 from regard.app.uploads import photo
 from regard.lens import capture, image_map, rollout
 from regard.lens.explain import inputs_of, normalised, open_model
-from regard.models import save_checkpoint
 
 VIT = "vit_tiny_patch16_224"
 PLACE = (0.3, 0.7)
 CLOSE = {"atol": 0.0, "rtol": 1e-4}
 """A pixel has a hundred-thousandth of a map: only what is relative tells two maps apart."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str]:
-    torch.manual_seed(7)
-    model = create_model(VIT).eval()
-    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
-    save_checkpoint(model, path)
-    return model, str(path)
 
 
 @pytest.fixture(scope="module")

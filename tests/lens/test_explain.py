@@ -38,15 +38,6 @@ def swin() -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, str]:
-    torch.manual_seed(7)
-    model = create_model(VIT).eval()
-    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
-    save_checkpoint(model, path)
-    return model, str(path)
-
-
 def called(*arguments: str) -> int:
     with pytest.raises(SystemExit) as left:
         main(["explain", *arguments])
