@@ -273,9 +273,9 @@ def _controls(side: str, start: str) -> dict[str, Any]:
 
             for control in made:
                 change = control.submit if isinstance(control, gr.Textbox) else control.change
-                change(collect, made, chosen, show_progress="hidden")
+                change(collect, made, chosen, show_progress="hidden", trigger_mode="always_last")  # else lost while one runs
                 if isinstance(control, gr.Textbox):
-                    control.blur(collect, made, chosen, show_progress="hidden")
+                    control.blur(collect, made, chosen, show_progress="hidden", trigger_mode="always_last")
 
     name.change(lambda name: (name, {}), name, chosen, show_progress="hidden")
     return {"chosen": chosen}
