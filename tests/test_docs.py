@@ -20,8 +20,7 @@ FENCED = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 14, 14, 2, 8)
-    names = {"q": q, "k": k, "v": v, "k_pooled": k[:, ::7, ::7], "v_pooled": v[:, ::7, ::7]}  # what pages may take for granted
+    names: dict = {}
     for block in FENCED.finditer(page.read_text(encoding="utf-8")):
         line = page.read_text(encoding="utf-8")[: block.start(1)].count("\n")
         exec(compile("\n" * line + block.group(1), str(page), "exec"), names)

@@ -7,7 +7,6 @@ or, where several share a file, in the docstring of its class.
 from __future__ import annotations
 
 import csv
-import difflib
 import inspect
 import re
 import sys
@@ -18,6 +17,7 @@ from importlib import resources
 from pkgutil import resolve_name
 
 from .models import ModelCard, model_card
+from .names import unknown_name
 from .ops.patterns import parse
 
 ARGUMENTS = {
@@ -163,8 +163,7 @@ def system(slug: str) -> System:
     """
     known = {each.slug: each for each in systems()}
     if slug not in known:
-        near = difflib.get_close_matches(slug, known, n=4, cutoff=0.4) or known
-        raise ValueError(f"unknown system {slug!r}; did you mean {', '.join(near)}?")
+        raise unknown_name("system", slug, known, "`regard systems`")
     return known[slug]
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from regard import create_model
 from regard.cli import main
 from regard.data.embedded import photograph
 from regard.lens import capture, image_map, relevance, rollout
 from regard.lens.explain import Explanation, Panel, explain, normalised, open_model, square
+from regard.lens.pictures import Tile, font, sheet, wrapped
 from regard.models import save_checkpoint
 
 VIT = "vit_tiny_patch16_224"
@@ -81,6 +83,37 @@ def test_sheet_is_bright_where_the_weight_is_and_grey_where_none_is() -> None:
     left, top = 2 * 10 + 80, 32 + 10 + 18  # of the second tile, below the title of the sheet and its own
     assert (rows.min() - top, rows.max() - top) == (20, 39)
     assert (columns.min() - left, columns.max() - left) == (40, 59)
+
+
+@pytest.mark.parametrize("words", ["8x8 tokens, most 0.016", "head 3", "", "stages.0.blocks.11.attention", "m" * 40, "a " * 30])
+@pytest.mark.parametrize("width", [112, 60])
+def test_captions_stand_whole_in_lines_no_wider_than_their_picture(words, width) -> None:
+    lines = wrapped(words, width, 12)
+    assert "".join(lines).replace(" ", "") == words.replace(" ", "")
+    assert all(0 < font(12).getlength(each) <= width for each in lines)
+    for before, after in pairwise(lines):  # a line ends where the next word has no room, or within a word after its dots
+        assert font(12).getlength(f"{before} {after.split()[0]}") > width or before[-1] in "._"
+    dark = np.zeros((40, width, 3), np.uint8)
+    drawn = sheet([Tile(dark, "", words), Tile(dark, "", "one")], 2)
+    canvas = Image.new("RGB", (width, drawn.shape[0] - 50), (255, 255, 255))
+    for i, each in enumerate(lines):
+        ImageDraw.Draw(canvas).text((0, 3 + 18 * i), each, fill=(107, 119, 133), font=font(12))
+    assert np.array_equal(drawn[50:, 10 : 10 + width], np.asarray(canvas))
+
+
+def test_a_name_too_long_for_a_line_is_broken_after_its_dots() -> None:
+    assert wrapped("stages.0.blocks.11.attention #2", 60, 12) == ["stages.0.", "blocks.11.", "attention", "#2"]
+
+
+def test_a_long_title_goes_on_in_the_next_line_right_above_the_picture() -> None:
+    dark = np.zeros((20, 60, 3), np.uint8)
+    drawn = sheet([Tile(dark, "one two three four"), Tile(dark, "one")], 2)
+    top = 10 + 18 * len(wrapped("one two three four", 60, 12))
+    assert not drawn[top : top + 20, 10:70].any()
+    assert not drawn[top : top + 20, 80:140].any()
+    assert (drawn[:28, 10:70] < 200).any()
+    assert (drawn[: top - 18, 80:140] == 255).all()
+    assert (drawn[top - 18 : top, 80:140] < 200).any()
 
 
 def test_colours_of_rollout_begin_at_its_least_cell(swin, photo) -> None:

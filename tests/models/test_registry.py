@@ -14,6 +14,28 @@ def test_unknown_names_bring_the_nearest_ones():
         create_model("dinat_tinny")
 
 
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("swin", "swin_base_patch4_window7_224"), ("Swim-Tiny", SWIN), ("volo_d1", "volo_d1_224"), ("nat", "nat_base")],
+)
+def test_the_beginning_of_a_name_is_near_it_in_any_spelling(name, first):
+    told = rf"unknown model '{name}'; did you mean {first}(, \w\S+){{1,3}}\? regard.list_models\(\) or `regard models` lists"
+    with pytest.raises(ValueError, match=told):
+        create_model(name)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "gpt", ""])
+def test_a_name_like_no_other_brings_the_families_and_what_lists_all(name):
+    with pytest.raises(ValueError, match=r"none is like it; names begin with biformer, .*, swin, .*, volo; ") as raised:
+        create_model(name)
+    told = str(raised.value)
+    assert told.startswith(f"unknown model {name!r}; ")
+    assert told.endswith(f"; regard.list_models() or `regard models` lists all {len(list_models())}")
+    families = told.split("names begin with ")[1].split("; ")[0].split(", ")
+    assert len(families) < len(list_models()) / 4
+    assert sorted(model for family in families for model in list_models(f"{family}_*") or [family]) == list_models()
+
+
 def test_unknown_options_bring_the_ones_that_exist():
     with pytest.raises(ValueError, match=r"has no option kernel; its table takes dim, depths, dilations, .*kernel_size"):
         create_model("nat_mini", kernel=3)

@@ -131,7 +131,7 @@ def test_tokens_outside_the_grid_meet_the_middle_of_the_kernel():
 
 
 def test_even_kernels_and_other_ranks_are_refused():
-    with pytest.raises(ValueError, match="odd; got 4 and 3"):
+    with pytest.raises(ValueError, match=r"the first two odd.*; got kernel_size=4, conv_size=3"):
         create_mixer("msa_conv", dim=8, heads=1, kernel_size=4)
     with pytest.raises(ValueError, match="2 or 3; got 1"):
         create_mixer("msa_conv", dim=8, heads=1, rank=1)

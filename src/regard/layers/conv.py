@@ -19,9 +19,11 @@ def depthwise(dim: int, kernel_size: int, rank: int = 2, *, bias: bool = True, d
     """A depthwise convolution that keeps the grid; an even kernel reaches one step further after than before.
 
     Raises:
-        ValueError: a rank without convolutions.
+        ValueError: a rank without convolutions; a kernel without an extent.
     """
     if rank not in CONVOLUTIONS:
         raise ValueError(f"convolutions exist on grids of 1, 2 or 3 axes; got rank={rank}")
+    if not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f"kernel_size must be an integer, at least 1; got {kernel_size!r}")
     padding = kernel_size // 2 if kernel_size % 2 else "same"
     return CONVOLUTIONS[rank](dim, dim, kernel_size, padding=padding, groups=dim, bias=bias, device=device, dtype=dtype)

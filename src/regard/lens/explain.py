@@ -32,7 +32,7 @@ from .capture import capture
 from .captured import Map, Maps
 from .layered import Shares
 from .maps import image_map
-from .pictures import Place, Tile, legend, line, marked, number, overlay, png, resized, sheet
+from .pictures import Place, Tile, headline, legend, marked, number, overlay, png, resized, sheet
 from .relevance import backward, relevance_of
 from .rollout import rollout
 
@@ -101,7 +101,7 @@ class Explanation:
         foot = np.full((52, drawn.shape[1], 3), 255, np.uint8)
         width = min(240, drawn.shape[1] - 20)
         foot[:34, 10 : 10 + width] = legend(width, ("least", "most"))
-        return np.concatenate([line(self.title, drawn.shape[1]), drawn, foot])
+        return np.concatenate([headline(self.title, drawn.shape[1]), drawn, foot])
 
     def png(self) -> bytes:
         """:meth:`picture` as a PNG file."""

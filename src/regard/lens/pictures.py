@@ -6,6 +6,7 @@ Drawn with numpy and Pillow alone, in a few milliseconds.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -113,7 +114,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One picture of a sheet: what it shows, the line above it, the one below it."""
+    """One picture of a sheet: what it shows, the words above it, those below it."""
 
     drawn: np.ndarray
     title: str = ""
@@ -121,12 +122,13 @@ class Tile:
 
 
 def sheet(tiles: Sequence[Tile], columns: int, gap: int = 10, text: int = 12) -> np.ndarray:
-    """Pictures in rows of so many, with their lines: ``(height, width, 3)``, uint8."""
+    """Pictures in rows of so many, with their words, in as many lines as these need: ``(height, width, 3)``, uint8."""
     from PIL import Image, ImageDraw
 
     columns = min(columns, len(tiles))
     height, width = (max(tile.drawn.shape[axis] for tile in tiles) for axis in (0, 1))
-    above, below = ((text + 6) if any(getattr(t, name) for t in tiles) else 0 for name in ("title", "note"))
+    titles, notes = ([wrapped(getattr(tile, name), width, text) for tile in tiles] for name in ("title", "note"))
+    above, below = (max(map(len, words)) * (text + 6) for words in (titles, notes))
     rows = -(-len(tiles) // columns)
     step_y, step_x = height + above + below + gap, width + gap
     canvas = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), PAPER)
@@ -134,30 +136,52 @@ def sheet(tiles: Sequence[Tile], columns: int, gap: int = 10, text: int = 12) ->
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         left, top = gap + column * step_x, gap + row * step_y
-        draw.text((left, top), fitted(tile.title, width, text), fill=INK, font=font(text))
+        first = top + above - len(titles[index]) * (text + 6)  # short titles stand right above their pictures
+        for words, start, ink in ((titles[index], first, INK), (notes[index], top + above + height + 3, QUIET)):
+            for i, each in enumerate(words):
+                draw.text((left, start + i * (text + 6)), each, fill=ink, font=font(text))
         canvas.paste(Image.fromarray(tile.drawn), (left, top + above))
-        draw.text((left, top + above + height + 3), fitted(tile.note, width, text), fill=QUIET, font=font(text))
     return np.asarray(canvas)
 
 
-def line(words: str, width: int, size: int = 16) -> np.ndarray:
-    """A line of text as a picture so wide: ``(height, width, 3)``, uint8."""
+def headline(words: str, width: int, size: int = 16) -> np.ndarray:
+    """Words as a picture so wide, in as many lines as they need: ``(height, width, 3)``, uint8."""
     from PIL import Image, ImageDraw
 
-    canvas = Image.new("RGB", (width, size + 16), PAPER)
-    ImageDraw.Draw(canvas).text((10, 12), fitted(words, width - 20, size), fill=INK, font=font(size))
+    lines = wrapped(words, width - 20, size)
+    canvas = Image.new("RGB", (width, 16 + max(1, len(lines)) * (size + 4) - 4), PAPER)
+    for i, each in enumerate(lines):
+        ImageDraw.Draw(canvas).text((10, 12 + i * (size + 4)), each, fill=INK, font=font(size))
     return np.asarray(canvas)
 
 
-def fitted(words: str, width: int, size: int) -> str:
-    """Words, cut in their middle where they are wider than so many pixels."""
-    if font(size).getlength(words) <= width:
-        return words
-    for kept in range(len(words) - 1, 1, -1):
-        cut = f"{words[: kept // 2]}..{words[len(words) - (kept - kept // 2) :]}"
-        if font(size).getlength(cut) <= width:
-            return cut
-    return ""
+def wrapped(words: str, width: int, size: int) -> list[str]:
+    """Words in lines of at most so many pixels, broken at spaces, else after dots and underscores, else anywhere."""
+    lines = [""]
+    for word in re.findall(r"\S+", words):
+        joined = f"{lines[-1]} {word}".strip()
+        if _fits(joined, width, size):
+            lines[-1] = joined
+        elif _fits(word, width, size):
+            lines.append(word)
+        else:
+            lines += _broken(word, width, size)
+    return [each for each in lines if each]
+
+
+def _broken(word: str, width: int, size: int) -> list[str]:
+    """A word in lines, each as long as fits."""
+    lines = []
+    while not _fits(word, width, size):
+        longest = next((n for n in range(len(word) - 1, 1, -1) if _fits(word[:n], width, size)), 1)
+        cut = max((n for n in range(2, longest + 1) if word[n - 1] in "._"), default=longest)
+        lines.append(word[:cut])
+        word = word[cut:]
+    return [*lines, word]
+
+
+def _fits(words: str, width: int, size: int) -> bool:
+    return font(size).getlength(words) <= width
 
 
 def png(drawn: np.ndarray, palette: int | None = None) -> bytes:

@@ -8,7 +8,6 @@ Cost: quadratic in tokens. Source: Peebles & Xie, DiT, arXiv:2212.09748; Jin et 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -27,6 +26,7 @@ from ..layers.mixers import MixtureOfHeadsAttention, MultiHeadAttention
 from ..layers.mlps import MLP
 from ..layers.positions import sincos
 from ..layers.stems import PatchEmbed
+from ..names import unknown_name
 from .builder import BlockSpec, make_mixer
 from .checkpoints import Layout, Rule, load_checkpoint
 
@@ -381,8 +381,7 @@ def create_dit(
         FileNotFoundError: no checkpoint at that path.
     """
     if name not in DITS:
-        near = difflib.get_close_matches(name, DITS, n=4, cutoff=0.4) or sorted(DITS)
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        raise unknown_name("model", name, DITS, "regard.models.DITS")
     allowed = inspect.signature(DITS[name]).parameters
     unknown = [option for option in table if option not in allowed]
     if unknown:

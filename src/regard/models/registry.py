@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..names import unknown_name
 from .builder import Backbone, BackboneSpec, FeatureBackbone, MixerChoice
 from .checkpoints import load_checkpoint
 
@@ -48,11 +48,10 @@ def model_card(name: str) -> ModelCard:
     """The card of a model.
 
     Raises:
-        ValueError: unknown name, with the nearest matches.
+        ValueError: unknown name, with the nearest matches or the families.
     """
     if name not in _CARDS:
-        near = difflib.get_close_matches(name, _CARDS, n=4, cutoff=0.4) or sorted(_CARDS)
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        raise unknown_name("model", name, _CARDS, "regard.list_models() or `regard models`")
     return _CARDS[name]
 
 

@@ -34,8 +34,11 @@ class AttentionMixer(nn.Module):
         backend: see :func:`regard.attend`.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``heads`` and no ``head_dim`` is given; input of another width.
+        ValueError: ``dim`` is not a multiple of ``heads`` and no ``head_dim`` is given; input of another width or rank.
     """
+
+    rank: int | None = None
+    """Grid axes that a mechanism is made for; None for any number."""
 
     def __init__(
         self,
@@ -56,8 +59,8 @@ class AttentionMixer(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if heads < 1 or (head_dim is None and dim % heads):
-            raise ValueError(f"dim must be a multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
+        if min(dim, heads) < 1 or (head_dim is None and dim % heads):
+            raise ValueError(f"dim must be a positive multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
@@ -158,6 +161,8 @@ class AttentionMixer(nn.Module):
 
     def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
         """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
+        if self.rank is not None and x.ndim != self.rank + 2:
+            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
         for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
             if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
                 raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")

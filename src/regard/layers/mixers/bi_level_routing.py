@@ -34,7 +34,8 @@ class BiLevelRoutingAttention(AttentionMixer):
         **projections: see :class:`AttentionMixer`.
 
     Raises:
-        ValueError: a topk that is neither -1 nor between 1 and the number of regions; a context on another grid.
+        ValueError: regions or a kernel below 1; a topk that is neither -1 nor between 1 and the number of regions; a grid of
+            another rank; a context on another grid.
     """
 
     def __init__(
@@ -51,14 +52,15 @@ class BiLevelRoutingAttention(AttentionMixer):
         **projections,
     ) -> None:
         super().__init__(dim, heads, **projections)
-        self.regions = regions if isinstance(regions, tuple) else (regions,) * rank
-        if len(self.regions) != rank or min(self.regions) < 1:
-            raise ValueError(f"regions must be at least 1, a number or one per axis ({rank}); got {regions!r}")
-        if topk != -1 and not 1 <= topk <= math.prod(self.regions):
+        self.rank = rank
+        self.lepe = ValueConv(self.heads * self.value_dim, kernel_size, rank, **self.factory)
+        self.regions = tuple(regions) if isinstance(regions, Sequence) else (regions,) * rank
+        if len(self.regions) != rank or not all(isinstance(n, int) and n >= 1 for n in self.regions):
+            raise ValueError(f"regions must be at least 1, an integer or one per axis ({rank}); got {regions!r}")
+        if not isinstance(topk, int) or (topk != -1 and not 1 <= topk <= math.prod(self.regions)):
             raise ValueError(f"topk must be -1 (all) or from 1 to {math.prod(self.regions)} regions; got {topk}")
         self.topk, self.pad = topk, check_choice("pad", pad, ("mask", "token"))
         self.scale = self.widths[0] ** -0.5 if scale is None else scale
-        self.lepe = ValueConv(self.heads * self.value_dim, kernel_size, rank, **self.factory)
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":

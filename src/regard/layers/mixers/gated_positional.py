@@ -44,7 +44,8 @@ class GatedPositionalAttention(AttentionMixer):
         self, dim: int, heads: int, *, strength: float = 1.0, rank: int = 2, qkv_bias: bool = False, **projections
     ) -> None:
         super().__init__(dim, heads, qkv_bias=qkv_bias, **projections)
-        self.strength, self.rank = strength, rank
+        self.strength = strength
+        self.rank: int = rank
         factory = self.factory
         self.position = Linear(rank + 1, heads, **factory)  # of the offsets, last axis first, and their squared length
         self.gate = nn.Parameter(torch.ones(heads, **factory))

@@ -22,6 +22,9 @@ class LocallyEnhancedAttention(MultiHeadAttention):
         rank: number of grid axes.
         qkv_bias: whether queries, keys and values have a bias.
         **projections: see :class:`MultiHeadAttention`.
+
+    Raises:
+        ValueError: heads that are not ``dim`` wide together; a kernel below 1; a grid of another rank.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class LocallyEnhancedAttention(MultiHeadAttention):
         super().__init__(dim, heads, qkv_bias=qkv_bias, **projections)
         if self.heads * self.value_dim != dim:
             raise ValueError(f"the heads must be dim={dim} wide together; got {self.heads} heads of {self.value_dim}")
+        self.rank = rank
         self.lepe = ValueConv(dim, kernel_size, rank, **self.factory)
 
     def finish(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class MSAConv(AttentionMixer):
         **projections: see :class:`AttentionMixer`; ``scale`` is ``dim ** -0.5`` for any number of heads.
 
     Raises:
-        ValueError: an even kernel; another rank.
+        ValueError: an even kernel; sizes below 1; heads that are not ``dim`` wide together; another rank.
     """
 
     def __init__(
@@ -97,15 +97,24 @@ class MSAConv(AttentionMixer):
         proj_bias: bool = False,
         **projections,
     ) -> None:
-        super().__init__(dim, heads, scale=dim**-0.5 if scale is None else scale, **projections)
-        if kernel_size % 2 == 0 or conv_size % 2 == 0:
-            raise ValueError(f"kernel_size and conv_size must be odd; got {kernel_size} and {conv_size}")
+        super().__init__(dim, heads, **projections)
+        self.scale = dim**-0.5 if scale is None else scale
+        out = dim if out is None else out
+        sizes = (kernel_size, conv_size, dilation, stride, out)
+        if not all(isinstance(n, int) for n in (*sizes, shift)) or min(sizes) < 1 or not (kernel_size % 2 and conv_size % 2):
+            raise ValueError(
+                "kernel_size, conv_size, dilation, stride and out must be integers, at least 1, the first two odd, and shift "
+                f"an integer; got {kernel_size=}, {conv_size=}, {dilation=}, {stride=}, {out=}, {shift=}"
+            )
+        if self.heads * self.value_dim != dim:
+            raise ValueError(f"the heads must be dim={dim} wide together; got {self.heads} heads of {self.value_dim}")
         if rank not in (2, 3):
             raise ValueError(f"rank must be 2 or 3; got {rank}")
         self.pattern = P.Neighborhood(kernel_size, dilation, border="mask" if mask_padding else "zero")
-        self.shift, self.rank = shift, rank
+        self.shift = shift
+        self.rank: int = rank
         self.drop_path = DropPath(drop_path)
-        conv = TokenConv(dim, out or dim, conv_size, stride, rank, bias=proj_bias, **self.factory)
+        conv = TokenConv(dim, out, conv_size, stride, rank, bias=proj_bias, **self.factory)
         self.proj = nn.Sequential(conv, nn.ReLU())
 
     def roll(self, x: Tensor, sign: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable
 
 from torch import nn
+
+from ...names import unknown_name
 
 _MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -41,8 +42,7 @@ def create_mixer(name: str, **arguments) -> nn.Module:
 def mixer_class(name: str) -> Callable[..., nn.Module]:
     """The constructor behind a mixer's name."""
     if name not in _MIXERS:
-        near = difflib.get_close_matches(name, _MIXERS, n=3, cutoff=0.4) or sorted(_MIXERS)
-        raise ValueError(f"unknown mixer {name!r}; did you mean {', '.join(near)}?")
+        raise unknown_name("mixer", name, _MIXERS, "regard.list_mixers() or `regard mixers`")
     return _MIXERS[name]
 
 
