@@ -11,7 +11,11 @@ from torch import Tensor
 
 from regard import attend
 from regard.ops import patterns as P
+from regard.ops.backends import native
 from regard.ops.call import HeadTable
+
+FASTEST = "native" if native.available() is None else "tiled"
+"""The backend on tiles that is chosen on a CPU, for float32 and below."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -17,9 +18,10 @@ from regard.ops import tile_attention, tiles
 from regard.ops.backends import dense, tiled
 from regard.ops.call import HeadTable
 
-from .cases import Case, assert_equal, cases, results
+from .cases import FASTEST, Case, assert_equal, cases, results
 
-CPU = ("dense", "tiled")
+EXACT = ("dense", "tiled")
+CPU = (*EXACT, "native")
 
 
 def claims(case: Case, backend: str) -> bool:
@@ -38,7 +40,7 @@ def claims(case: Case, backend: str) -> bool:
 @settings(max_examples=300)
 def test_backends_equal_reference_in_float64(case, lse_gradient):
     expected = results(case, "reference", torch.float64, lse_gradient)
-    for backend in (*CPU, "auto"):
+    for backend in (*EXACT, "auto"):
         if claims(case, backend):
             assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
 
@@ -101,7 +103,7 @@ def test_scores_are_held_for_some_queries_at_a_time(case, lse_gradient, scores):
         patch.setattr(tile_attention, "_FUSED", None)
         patch.setattr(tile_attention, "SCORES", scores)
         patch.setattr(dense, "SCORES", scores)
-        for backend in CPU:
+        for backend in EXACT:
             if claims(case, backend):
                 assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
 
@@ -217,26 +219,27 @@ def test_tiled_equals_reference_where_tiles_come_in_many_chunks(grid, monkeypatc
 def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients():
     table = torch.tensor([[[-1, -1], [0, -1], [-1, 2]]])
     valid = torch.tensor([[True, False, True, True, True, False]])
+    kinds = list(itertools.product(("reference", *EXACT), (torch.float32, torch.float64)))
+    kinds += [("native", torch.float32)] if FASTEST == "native" else []
     for pattern, mask, blind in (
         (P.Blocks(table, 2), None, [0, 1]),
         (P.Blocks(table, 2), valid, [0, 1]),
         (P.Axis(0) & P.Dense(), torch.zeros(1, 6, dtype=torch.bool), list(range(6))),
         (P.Window(2), torch.tensor([[True, True, False, False, True, True]]), [2, 3]),
     ):
-        for backend in ("reference", "dense", "tiled"):
-            for dtype in (torch.float32, torch.float64):
-                q, k, v = (torch.randn(1, 6, 2, 4, dtype=dtype, requires_grad=True) for _ in range(3))
-                out, lse = attend(q, k, v, pattern, valid=mask, return_lse=True, backend=backend)
-                assert out[0, blind].eq(0).all()
-                assert lse[0, blind].eq(-torch.inf).all()
-                seen = [i for i in range(6) if i not in blind]
-                assert lse[0, seen].isfinite().all()
-                grads = torch.autograd.grad(out.square().sum() + lse[0, seen].sum(), (q, k, v), retain_graph=True)
-                assert all(g.isfinite().all() for g in grads)
-                assert grads[0][0, blind].eq(0).all()
-                alone = attend(q, k, v, pattern, valid=mask, backend=backend)
-                assert alone[0, blind].eq(0).all()
-                assert all(g.isfinite().all() for g in torch.autograd.grad(alone.sum(), (q, k, v)))
+        for backend, dtype in kinds:
+            q, k, v = (torch.randn(1, 6, 2, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+            out, lse = attend(q, k, v, pattern, valid=mask, return_lse=True, backend=backend)
+            assert out[0, blind].eq(0).all()
+            assert lse[0, blind].eq(-torch.inf).all()
+            seen = [i for i in range(6) if i not in blind]
+            assert lse[0, seen].isfinite().all()
+            grads = torch.autograd.grad(out.square().sum() + lse[0, seen].sum(), (q, k, v), retain_graph=True)
+            assert all(g.isfinite().all() for g in grads)
+            assert grads[0][0, blind].eq(0).all()
+            alone = attend(q, k, v, pattern, valid=mask, backend=backend)
+            assert alone[0, blind].eq(0).all()
+            assert all(g.isfinite().all() for g in torch.autograd.grad(alone.sum(), (q, k, v)))
 
 
 def test_one_tensor_as_query_key_and_value():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from regard import Source, attend
 from regard.layers.positions import OffsetBias
 from regard.ops import patterns as P
-from regard.ops.backends import tiled
+from regard.ops.backends import native, tiled
 
 STATIC = (
     "dense", "causal", "window(4)", "window(3, shift=1)", "neighborhood(3)", "neighborhood(5, dilation=2, stride=2)",
@@ -142,6 +142,7 @@ def test_exported_program_takes_routed_blocks():
     close([program.module()(*inputs)], [Routed()(*inputs)])
 
 
+OPERATORS = [tiled.tiled_attention] + ([native.native_attention] if native.available() is None else [])
 SAMPLES = {
     "neighborhood": {"spec": "Neighborhood(3)"},
     "window with bias": {"spec": "Window(4)", "table": (2, 7, 7), "bias_spec": "Window(4)"},
@@ -151,8 +152,9 @@ SAMPLES = {
 }
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_the_operator_is_well_formed(name):
+def test_the_operator_is_well_formed(name, operator):
     sample = SAMPLES[name]
     zeros = sample.get("zeros", [0, 0, 0, 0])
     q = torch.randn(2, 9, 8, 2, 4, requires_grad=True)
@@ -164,4 +166,4 @@ def test_the_operator_is_well_formed(name):
         q, k, v, table, valid, blocks, sample.get("block", []), sample["spec"], sample.get("bias_spec", ""), [0, 0], zeros, 0.5,
         True,
     )  # fmt: skip
-    torch.library.opcheck(tiled.tiled_attention, arguments)
+    torch.library.opcheck(operator, arguments)

@@ -1,4 +1,4 @@
-"""Which backend runs a call: a pure function of the call and the device, the same on every rank."""
+"""Which backend runs a call: a pure function of the call and the device, the same on every rank of alike machines."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import dense, flex, natten, reference, tiled, triton
+from .backends import dense, flex, native, natten, reference, tile_calls, tiled, triton
 from .call import Call
 
-BACKENDS: dict[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, triton, flex, natten)}
+BACKENDS: dict[str, ModuleType] = {
+    m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, native, triton, flex, natten)
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ def choose(call: Call, backend: str = "auto") -> Choice:
         return Choice(backend, "asked for")
     if call.device.type == "cuda" and natten.supports(call) is None:
         return Choice("natten", "fused neighborhood kernel")
-    if tiled.supports(call) is None:
+    if native.supports(call) is None and native.prefers(call):
+        return Choice("native", "compiled for this CPU")
+    if tile_calls.supports(call) is None:
         if tiled.prefers(call):
             return Choice("tiled", "computes far fewer pairs than dense attention")
         if call.need_lse:
@@ -49,7 +53,8 @@ def others(call: Call, chosen: str) -> dict[str, str]:
     reasons = {
         "reference": "the definition, for tests",
         "dense": "computes all pairs",
-        "tiled": "no gain: most keys are visible",
+        "tiled": "the same tiles on torch's operators" if chosen == "native" else "no gain: most keys are visible",
+        "native": "no gain: too little to do",
         "triton": "not measured on a GPU yet; runs where asked for",
         "flex": "compiles for seconds; runs where asked for",
         "natten": "on CPU it computes all pairs",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .backends import flex, tiled, triton
+from .backends import flex, tile_calls, triton
 from .call import Call, HeadTable, Source, break_up
 from .dispatch import BACKENDS, choose, others
 from .patterns import Blocks, Pattern, as_pattern
@@ -215,7 +215,7 @@ def _tiles(call: Call, backend: str) -> tuple[tuple[int, ...], int]:
         return (flex.BLOCK, flex.BLOCK), each * flex.computed_pairs(call) // flex.BLOCK**2
     if backend == "triton":
         return triton.tiles(call)
-    if backend != "tiled":
+    if backend not in ("tiled", "native"):
         return (), 0
     if isinstance(call.pattern, Blocks):
         number, listed = call.pattern.table.shape[-2:]
@@ -233,7 +233,7 @@ def _block(call: Call) -> int:
 
 
 def _groups(call: Call) -> list[TileGroup]:
-    plan = tiled.plan_of(call)
+    plan = tile_calls.plan_of(call)
     return [group for part in plan.parts for group in part] if plan else []
 
 

@@ -452,11 +452,10 @@ def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int],
     """Chunks of routed blocks."""
     blocks = problem.blocks
     assert blocks is not None
-    q_tokens, q_real = _block_tokens(tuple(q_grid), tuple(block), blocks.device)
-    k_tokens, k_real = _block_tokens(tuple(k_grid), tuple(block), blocks.device)
+    q_tokens, q_real = block_tokens(tuple(q_grid), tuple(block), blocks.device)
+    k_tokens, k_real = block_tokens(tuple(k_grid), tuple(block), blocks.device)
     batch, number, listed = blocks.shape
-    ordered = blocks.sort(-1).values
-    ordered[..., 1:].masked_fill_(ordered[..., 1:] == ordered[..., :-1], -1)  # a block listed twice counts once
+    ordered = listed_once(blocks)
     tq, tk = q_tokens.shape[1], listed * k_tokens.shape[1]
     limit = problem.tiles_at_once(tq, tk)
     uneven = not bool(q_real.all())
@@ -473,6 +472,13 @@ def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int],
                 yield from _uneven(queries, q_real[first : first + limit], keys, seen, item, problem)
             else:
                 yield _routed_chunk(queries, keys, seen, item, problem, tq)
+
+
+def listed_once(blocks: Tensor) -> Tensor:
+    """Block lists ``(..., listed)`` in order, -1 for what is not there: a block listed twice counts once."""
+    ordered = blocks.sort(-1).values
+    ordered[..., 1:].masked_fill_(ordered[..., 1:] == ordered[..., :-1], -1)
+    return ordered
 
 
 def _uneven(queries: Tensor, real: Tensor, keys: Tensor, seen: Tensor, item: int, problem: Problem) -> Iterator[Chunk]:
@@ -494,7 +500,7 @@ def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, proble
 
 
 @lru_cache(maxsize=64)
-def _block_tokens(grid: tuple[int, ...], block: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def block_tokens(grid: tuple[int, ...], block: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Flat tokens ``(blocks, block_tokens)`` of each block, and which of them lie in the grid (the others repeat one)."""
     tokens, real = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)
     for length, size in zip(grid, block, strict=True):

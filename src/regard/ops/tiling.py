@@ -20,7 +20,7 @@ import numpy as np
 
 from .patterns import Causal, Dense, Separable, disjoint_parts, parse
 
-PAIR, ROW, TILE = 1.0, 5.0, 60.0
+PAIR, ROW, TILE = 1.0, 15.0, 60.0
 """Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
 
 

@@ -2,6 +2,8 @@
 
     for a few tiles at a time: gather the rows of q, k and v by index table; attend; put the rows of the output back
 
+For other devices than CPUs, for float64, and where no C compiler is to be had for :mod:`regard.ops.backends.native`.
+
 Cost: the pairs of the tile plan (about twice those of the pattern for small kernels) and O(tokens) memory, in both
 directions. The backward gathers again, recomputes with the saved log-sum-exp and adds the gradients of k and v back by row.
 On CPU the tiles run on torch's fused CPU attention, elsewhere (and where a bias or the lse needs a gradient) on matrix
@@ -10,9 +12,7 @@ products. The same plan serves windows, neighborhoods, halos, grids, axes, their
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -23,33 +23,21 @@ from torch import Tensor
 
 from ..call import Call
 from ..merging import merge
-from ..patterns import Blocks, Ints, Tokens
+from ..patterns import Blocks, Tokens
 from ..pool import run_all
 from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
-from ..tiling import TileGroup, TilePlan, tile_plan
+from ..tiling import TileGroup
 from . import dense, reference
-from .operators import complete, differentiated, lse_like
+from .operators import complete, lse_like
+from .tile_calls import arguments, computed_pairs, flops, flops_backward, plan_from, plan_of
+from .tile_calls import supports as supports
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
 SHARED_FLOPS = 1e9
 """From so much work on, the chunks of a forward are shared out over threads. Below, and in the backward, torch's own threads
 split each operator: inside a model they still spin when a pool begins."""
-
-
-def supports(call: Call) -> str | None:
-    if call.bias is not None:
-        return "a dense bias belongs to dense attention"
-    if call.dropout:
-        return "no attention dropout"
-    if isinstance(call.pattern, Blocks):
-        return "no relative bias over routed blocks" if call.table is not None else None
-    if not call.pattern.static:
-        return f"{call.pattern!r} is routed but not in blocks"
-    if _plan_pairs(*_plan_key(call)) is None:
-        return f"{call.pattern!r} is not a union or intersection of patterns separable by axis"
-    return None
 
 
 def prefers(call: Call) -> bool:
@@ -61,58 +49,11 @@ def prefers(call: Call) -> bool:
     return computed_pairs(call) * margin <= call.queries * call.keys
 
 
-def computed_pairs(call: Call) -> int:
-    """Pairs of query and key computed per batch item and head."""
-    if isinstance(call.pattern, Blocks):
-        size = math.prod(_block_sizes(call.pattern.block, call.k_grid))
-        return math.prod(call.pattern.block_grid(call.q_grid)) * size * size * call.pattern.table.shape[-1]
-    pairs = _plan_pairs(*_plan_key(call))
-    return call.queries * call.keys if pairs is None else pairs
-
-
-def plan_of(call: Call) -> TilePlan | None:
-    return tile_plan(*_plan_key(call))
-
-
-def _plan_key(call: Call) -> tuple:
-    table = None if call.table is None else (call.table.pattern.spec, _ints(call.table.table.shape[1:]))
-    return call.pattern.spec, _ints(call.q_grid), _ints(call.k_grid), _ints(call.q_start), tuple(map(_ints, call.zeros)), table
-
-
-def _ints(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes as plain numbers: a compiled graph is specialised to its grid."""
-    return tuple(operator.index(n) for n in sizes)
-
-
-@torch.compiler.assume_constant_result
-def _plan_pairs(spec: str, q_grid, k_grid, q_start, zeros, table) -> int | None:
-    """Pairs a plan computes, None where there is no plan. A graph under trace sees the number, not the planning."""
-    plan = tile_plan(spec, q_grid, k_grid, q_start, zeros, table)
-    return None if plan is None else plan.computed_pairs
-
-
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_exporting():
         return _run_plain(call)
-    routed = call.pattern if isinstance(call.pattern, Blocks) else None
-    out, lse = tiled_attention(
-        call.q, call.k, call.v,
-        call.table.table if call.table else None,
-        call.valid,
-        routed.table4() if routed else None,
-        list(_block_sizes(routed.block, call.k_grid)) if routed else [],
-        "" if routed else call.pattern.spec,
-        call.table.pattern.spec if call.table else "",
-        list(call.q_start),
-        [n for pair in call.zeros for n in pair],
-        call.scale,
-        call.need_lse or differentiated(call),
-    )  # fmt: skip
+    out, lse = tiled_attention(*arguments(call))
     return out, lse if call.need_lse else None
-
-
-def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
-    return block if isinstance(block, tuple) else (block,) * len(grid)
 
 
 def _parts(problem: Problem, q: Tensor, k: Tensor, block, spec, bias_spec, q_start, zeros) -> list[Iterator[Chunk]]:
@@ -121,17 +62,8 @@ def _parts(problem: Problem, q: Tensor, k: Tensor, block, spec, bias_spec, q_sta
     if problem.blocks is not None:
         return [routed_chunks(problem, block, q_grid, padded)]
     table = None if problem.table is None else (bias_spec, tuple(problem.table.shape[1:]))
-    plan = _plan_of(spec, q_grid, padded, q_start, zeros, table)
+    plan = plan_from(spec, q_grid, padded, q_start, zeros, table)
     return [static_chunks(problem, tables) for tables in tables_of(plan, q.device)]
-
-
-def _plan_of(spec: str, q_grid, padded, q_start, zeros, table=None) -> TilePlan:
-    pairs = tuple(zip(zeros[::2], zeros[1::2], strict=True))
-    k_grid = tuple(n - before - after for n, (before, after) in zip(padded, pairs, strict=True))
-    plan = tile_plan(spec, q_grid, k_grid, tuple(q_start), pairs, table)
-    if plan is None:
-        raise ValueError(f"there is no tile plan for {spec!r}")
-    return plan
 
 
 @torch.library.custom_op("regard::tiled_attention", mutates_args=())
@@ -151,10 +83,10 @@ def tiled_attention(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
-    flops = _flops(
+    work = flops(
         *(None if t is None else t.shape for t in (q, k, v, table, valid, blocks)), block, spec, bias_spec, q_start, zeros
     )
-    parallel = q.device.type == "cpu" and flops >= SHARED_FLOPS
+    parallel = q.device.type == "cpu" and work >= SHARED_FLOPS
     with torch.autocast(q.device.type, enabled=False):
         if not need_lse and narrow_products(q):
             problem = pose(q, k, v, table, valid, blocks, scale, narrow=True, parallel=parallel, multiplied=not parallel)
@@ -370,24 +302,7 @@ class _TableGradient:
         return self.table
 
 
-def _pairs(q_shape, k_shape, block, blocks_shape, spec, q_start, zeros) -> int:
-    if block:
-        return blocks_shape[2] * blocks_shape[3] * math.prod(block) ** 2
-    return _plan_of(spec, tuple(q_shape[1:-2]), tuple(k_shape[1:-2]), q_start, zeros).computed_pairs
-
-
-def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, *_, **__) -> int:
-    pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
-    return 2 * q[0] * q[-2] * pairs * (q[-1] + v[-1])
-
-
-def _flops_backward(grad, grad_lse, q, k, v, table, valid, blocks, out, lse, block, spec, bias_spec, q_start, zeros, scale,
-                    need_table, *, out_shape=None, **_) -> int:  # fmt: skip
-    pairs = _pairs(q, k, block, blocks, spec, q_start, zeros)
-    return 2 * q[0] * q[-2] * pairs * (3 * q[-1] + 2 * v[-1])
-
-
-complete(tiled_attention, tiled_attention_backward, _flops, _flops_backward)
+complete(tiled_attention, tiled_attention_backward, flops, flops_backward)
 
 
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
