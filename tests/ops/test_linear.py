@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regard.bench import count
 from regard.lens import capture
-from regard.ops import linear, linear_chunks
+from regard.ops import linear, linear_chunks, linear_spans
 from regard.ops.linear import LinearState, linear_attend, linear_weights
 from regard.ops.linear_features import CosineFeatures, RandomFeatures
 
@@ -159,6 +159,42 @@ def test_more_tokens_and_items_than_are_taken_at_once(decay):
         expected = torch.einsum("bhts,bshe->bthe", weights / weights.sum(-1, keepdim=True), v)
         mine = gradients(found, inputs[:3], again=True)
         close([found, *mine], [expected, *gradients(expected, inputs[:3])], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("feature", PHI)
+@pytest.mark.parametrize("value", [3, 4])  # as wide as the keys, or not
+@pytest.mark.parametrize("block", [1, 20, 100, 1000])  # a token, some, some items, everything
+def test_blocks_of_any_size_change_nothing(monkeypatch, block, value, feature):
+    monkeypatch.setattr(linear_spans, "BLOCK", block)
+    q, k, v = qkv(3, tokens=8, value=value, grad=True)
+    k = k[:, :7]
+    valid = torch.rand(3, 7) > 0.3
+    valid[:, 0] = True
+    scale = random(2, grad=True)
+    for norm in ("none", "sum"):
+        options = {"feature": feature, "norm": norm, "valid": valid, "floor": 2.0, "eps": 0.1, "scale": scale}
+        found, expected = (linear_attend(q, k, v[:, :7], backend=b, **options) for b in ("chunked", "naive"))
+        close([found, *gradients(found, [q, k, v, scale])], [expected, *gradients(expected, [q, k, v, scale])])
+
+
+@pytest.mark.parametrize("tokens", [linear_spans.TALL - 1, linear_spans.TALL, 2 * linear_spans.TALL + 3])
+@pytest.mark.parametrize("dim", [8, 9])
+def test_many_rows_in_float32(tokens, dim):
+    """Where each head is a product of its own."""
+    q, k, v = qkv(2, tokens, 3, 8, dim, grad=True)
+    narrow = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    for norm in ("none", "sum"):
+        options = {"feature": "elu_plus_one", "norm": norm, "floor": 1.0}
+        found, expected = linear_attend(*narrow, **options), linear_attend(q, k, v, backend="naive", **options)
+        results = zip([found, *gradients(found, narrow)], [expected, *gradients(expected, [q, k, v])], strict=True)
+        for mine, exact in results:
+            assert (mine.double() - exact).norm() < 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("heads", [1, 16, 17])
+def test_rows_meet_the_vector_of_their_head(heads):
+    rows, vectors = random(2, 5, heads, 3), random(2, heads, 3)
+    close([linear_spans.rows_dot(rows, vectors)], [torch.einsum("bthd,bhd->bth", rows, vectors)])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -638,6 +674,34 @@ def test_observers_see_the_weights_and_the_cost():
     assert cost.pairs == 0
 
 
+def test_the_divisor_of_half_precision_is_not_rounded():
+    q, k = torch.randint(1, 5, (2, 2, 40, 2, 4)).bfloat16().unbind()
+    v = torch.randn(2, 40, 2, 4).bfloat16()
+    sums = linear_attend(q, k, v, norm="none")
+    mass = (q.float() * k.float().sum(1, keepdim=True)).sum(-1, keepdim=True)
+    assert torch.equal(linear_attend(q, k, v, norm="sum"), (sums.float() * mass.reciprocal()).bfloat16())
+
+
+def test_the_gradient_of_a_decay_in_bfloat16_is_exact_where_the_states_are():
+    """Ones and zeros, whose sums below 256 bfloat16 holds; the products of states before and after a chunk it does not."""
+    q, k = torch.randint(0, 2, (2, 1, 320, 2, 1)).unbind()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        logs = torch.zeros(2, requires_grad=True)
+        given = logs.double() if dtype == torch.float64 else logs
+        v = torch.ones_like(q).to(dtype)
+        linear_attend(q.to(dtype), k.to(dtype), v, causal=True, log_decay=given, chunk=16).sum().backward()
+        found.append(logs.grad)
+    assert torch.equal(*found)
+
+
+def test_a_decay_of_heads_is_that_of_tokens_all_alike_in_half_precision():
+    q, k, v = (t.bfloat16() for t in qkv(1, 300, 2, 8, 8))
+    logs = -torch.rand(2)
+    by_head = linear_attend(q, k, v, causal=True, log_decay=logs)
+    assert torch.equal(by_head, linear_attend(q, k, v, causal=True, log_decay=logs.expand(1, 300, 2)))
+
+
 def test_misfits_are_named():
     q, k, v = qkv(tokens=5)
     cases = [
@@ -645,7 +709,7 @@ def test_misfits_are_named():
         ("v must be .* beside k \\(2, 5, 2, 3\\); got \\(2, 4, 2, 4\\)", {"v": v[:, :4]}),
         ("norm must be one of none, sum, count; got 'mean'", {"norm": "mean"}),
         ("feature must be one of none, relu, elu_plus_one, silu, or a feature map; got 'exp'", {"feature": "exp"}),
-        ("backend must be one of auto, naive, chunked, triton; got 'flex'", {"backend": "flex"}),
+        ("backend must be one of auto, naive, chunked, native, triton; got 'flex'", {"backend": "flex"}),
         ("chunk must be a power of two; got 48", {"chunk": 48}),
         ("valid must be boolean \\(2, 5\\); got torch.float32 \\(2, 5\\)", {"valid": torch.ones(2, 5)}),
         ("scale must be a number or one per head, 2; got \\(3,\\)", {"scale": torch.ones(3)}),
@@ -656,6 +720,7 @@ def test_misfits_are_named():
         ("positions below length=4 end before 5 tokens", {"feature": CosineFeatures(4)}),
         ("needs the state of an attention with the same norm", {"norm": "sum", "state": LinearState(random(2, 2, 3, 4))}),
         ("= \\(2, 2, features, 4\\) in torch.float64; got \\(2, 2, 3, 5\\)", {"state": LinearState(random(2, 2, 3, 5))}),
+        ("= \\(2, 2, features, 4\\) in torch.float64; got \\(3, 2, 3, 4\\)", {"state": LinearState(random(3, 2, 3, 4))}),
     ]
     for message, options in cases:
         given = {"q": q, "k": k, "v": v, **options}

@@ -151,6 +151,31 @@ def test_rows_are_read_where_they_lie():
         torch.testing.assert_close(found, attend(q, k, v, "neighborhood(5)", backend="reference"))
 
 
+def test_bfloat16_is_rounded_to_even():
+    """The mean of two neighbours among the numbers of bfloat16 lies half way between them; a NaN of any payload stays one."""
+    low = torch.arange(0x3F80, 0x4080, dtype=torch.int16)
+    pairs = torch.stack([low, low + 1]).view(torch.bfloat16)  # (keys, numbers)
+    v = pairs.view(1, 2, 1, -1)
+    q = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
+    out = attend(q, q, v, "dense", backend="native")[0, 0, 0]
+    assert torch.equal(out, pairs.float().mean(0).bfloat16())
+    odd = torch.full((1, 2, 1, 4), 0x7FFF, dtype=torch.int16).view(torch.bfloat16)
+    assert attend(q, q, odd, "dense", backend="native").isnan().all()
+
+
+def test_keys_that_nobody_sees_get_no_gradient():
+    """The windows of some rows of queries: keys of the other rows stand in no tile."""
+    q, k, v = torch.randn(1, 4, 8, 2, 8), torch.randn(1, 8, 8, 2, 8), torch.randn(1, 8, 8, 2, 8)
+    found = []
+    for name in ("native", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        torch.full((1 << 16,), torch.nan)  # what fresh memory may hold
+        out = attend(*leaves, "window(4)", q_start=4, backend=name)
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(*found)
+    assert not found[0][1][:, :4].any()
+
+
 def test_gradients_that_are_expanded():
     q, k, v = (torch.randn(2, 9, 8, 2, 8, requires_grad=True) for _ in range(3))
     found = torch.autograd.grad(attend(q, k, v, "window(3)", backend="native").sum(), (q, k, v))
@@ -181,7 +206,7 @@ def test_narrower_processors(flags, tmp_path, monkeypatch):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("these flags are for x86-64")
     path = tmp_path / "narrow.so"
-    command = [library._compiler(), *library.FLAGS, *flags, str(library.SOURCE), "-o", str(path), "-lm"]
+    command = [library._compiler(), *library.FLAGS, *flags, *map(str, library.SOURCES), "-o", str(path), "-lm"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("the compiler does not know these flags")
     narrow = library.opened(path)
@@ -241,15 +266,16 @@ def test_without_it_tiles_run_on_torch_and_plans_say_why(variable, value, reason
     assert not list(nothing_compiled.glob("*")) if nothing_compiled.exists() else True
 
 
-def test_a_folder_that_others_may_write_is_not_loaded_from(nothing_compiled):
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+def test_a_folder_that_others_may_write_is_not_loaded_from(nothing_compiled, mode):
     nothing_compiled.mkdir()
-    nothing_compiled.chmod(0o777)
+    nothing_compiled.chmod(mode)
     assert "must be this user's alone" in (library.why_not() or "")
 
 
 def test_a_damaged_library_is_compiled_again(nothing_compiled):
     nothing_compiled.mkdir(mode=0o700)
-    damaged = nothing_compiled / f"attention-{library._fingerprint(library._compiler())}.so"
+    damaged = nothing_compiled / f"kernels-{library._fingerprint(library._compiler())}.so"
     damaged.write_bytes(b"not a library")
     with pytest.raises(library.Unavailable, match="cannot be loaded"):
         library.opened(damaged)

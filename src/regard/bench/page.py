@@ -22,13 +22,15 @@ How it is measured: all variants of a case take turns in one process, so that a 
 Times are medians, with quartiles in brackets. **x** is the time of a variant over that of regard: above 1 regard is faster,
 below 1 it loses. Errors are relative, in the Frobenius norm, against the definition in float64, and with gradients the largest
 of the output's and the gradients'; a dash stands where something else is computed. First runs, in which plans are made and
-kernels compiled, are not part of the times; the files have them (`first_ms`).
+kernels compiled, are not part of the times; the files have them (`first_ms`). On several threads, 20 ms before each run let
+those of the run before fall asleep, and a small operator wakes those of this one.
 """
 
 NOTES = {
     "operators": """
-With two threads, tiles are shared out over a pool of threads, each tile on one thread, instead of splitting every small
-operator ([ops/pool.py](../src/regard/ops/pool.py)): the last column shows what a second thread brings.
+Softmax attention of regard runs in C compiled for the processor ([ops/native](../src/regard/ops/native)); whole tiles are
+shared out over the threads, and the last column shows what a second one brings. Matrix products of torch (MKL) keep to
+256-bit vectors on processors that are not Intel's: where the processor has 512, a good part of the lead lies there.
 """,
     "growth": """
 Time and peak memory (all tensors beyond the inputs, output included) from 14 x 14 to 224 x 224 tokens, batch 1, 4 heads of 32,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops.call import HeadTable, Source
+from ..ops.heads import repeat_heads
 from ..ops.observe import Record, Weighing
 from ..ops.weights import weights_of
 
@@ -113,7 +114,7 @@ class KeptAttention:
         found = []
         for source in self.record.sources:
             heads = list(range(self.heads) if source.heads is None else source.heads)
-            v = source.v.flatten(1, -3).to(self.dtype).repeat_interleave(len(heads) // source.v.shape[-2], 2)
+            v = repeat_heads(source.v.flatten(1, -3).to(self.dtype), len(heads), 2)
             full = arrived.new_zeros(self.batch, self.heads, len(rows), v.shape[1])
             full[:, heads] = torch.einsum("brhd,bkhd->bhrk", arrived[:, :, heads], v)
             found.append(full)

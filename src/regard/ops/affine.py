@@ -1,7 +1,7 @@
 """The affine map of tokens, ``act(x W^T + b)``, and its fast form on CPUs.
 
 torch multiplies float32 matrices with MKL, which keeps to 256-bit vectors on processors that are not Intel's; oneDNN, which
-torch also carries, uses the 512 bits they have, adds the bias and applies GELU while the result is in registers. On a Zen 4
+torch also carries, uses the 512 bits they have, adds the bias and applies GELU while the result is in registers. On a Zen 5
 core that is 200 GFLOP/s against 100. Elsewhere, for other types, and under compile, export, autocast or function transforms,
 this is ``torch.nn.functional.linear``.
 

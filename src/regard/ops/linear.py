@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_chunks
+from . import linear_chunks, native
 from .call import _common_dtype
 from .linear_features import FeatureMap
 from .linear_spans import ACTIVATIONS
 from .observe import WATCHERS, Weighing, tell
 
 NORMS = ("none", "sum", "count")
-BACKENDS = ("auto", "naive", "chunked", "triton")
+BACKENDS = ("auto", "naive", "chunked", "native", "triton")
 CHUNK = 64
 """Tokens of a chunk of the causal form."""
 
@@ -155,8 +155,8 @@ def linear_attend(
         start: position of the first token, for feature maps that depend on positions.
         return_state: also return what all keys so far leave to later queries.
         chunk: tokens of a chunk of the causal form, a power of two; the result does not depend on it.
-        backend: ``"auto"``, ``"chunked"`` (torch), ``"triton"`` (not with decays per feature), or ``"naive"``, the
-            definition, which computes all weights.
+        backend: ``"auto"``, ``"chunked"`` (torch), ``"native"`` (in order, compiled for the CPU) and ``"triton"`` (neither with
+            decays per feature), or ``"naive"``, the definition, which computes all weights.
 
     Returns:
         ``(batch, *grid, heads, value_dim)`` in the dtype of ``q``, and the :class:`LinearState` if asked for.
@@ -172,14 +172,16 @@ def linear_attend(
         raise ValueError(f"chunk must be a power of two; got {chunk}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and (why := _triton_problem(call)) is not None:
-        raise ValueError(f"backend 'triton' cannot run this call: {why}")
+    problems = {"triton": _triton_problem, "native": _native_problem}
+    if backend in problems and (why := problems[backend](call)) is not None:
+        raise ValueError(f"backend {backend!r} cannot run this call: {why}")
     if state is not None or return_state:
         _check_state(call, v.shape[-1])
     if WATCHERS:
         tell(_weighing(q, k, v, call))
     values, tokens = v.flatten(1, -3), operator.index(call.q.shape[1])
-    way = _Way(min(chunk, 1 << (tokens - 1).bit_length()), "triton" if backend == "triton" else "torch")
+    kernel = backend if backend in problems else "native" if backend == "auto" and _native_problem(call) is None else "torch"
+    way = _Way(min(chunk, 1 << (tokens - 1).bit_length()), kernel)
     if backend == "naive":
         y, final = _naive(call, values)
     elif causal:
@@ -240,6 +242,20 @@ def _triton_problem(call: _Call) -> str | None:
     if call.q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs tensors on a GPU; got cpu"
     return None
+
+
+def _native_problem(call: _Call) -> str | None:
+    if call.q.device.type != "cpu":
+        return f"compiled for CPUs; got {call.q.device.type}"
+    if call.q.dtype not in (torch.float32, torch.bfloat16):
+        return f"only float32 and bfloat16; got {call.q.dtype}"
+    if not call.causal and call.decay is None:
+        return "it goes through keys in order; here every query sees every key"
+    if call.decay is not None and call.decay.ndim not in (1, 3):
+        return f"it takes one decay per head, or per token and head; got {tuple(call.decay.shape)}"
+    if torch.compiler.is_exporting():
+        return "an exported program must run elsewhere too"
+    return native.missing()
 
 
 def _check_state(call: _Call, value_dim: int) -> None:

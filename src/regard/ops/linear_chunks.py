@@ -5,25 +5,40 @@
     else:    M = sum_s f(k_s) v_s^T,  z = sum_s f(k_s);   y_t = f(q_t)^T M / max(f(q_t)^T z, floor)
 
 Cost: per token and head 2 C (d + e) FLOPs inside a chunk of C and 4 d e across chunks; the floor is 4 d e FLOPs and one
-reading of q, k, v and one writing of y. Memory beside inputs and output: a few chunks; the backward recomputes the states
-at the borders of chunks (tokens / C matrices d x e per head) and saves nothing in between. Source: Qin et al., Lightning
-Attention-2, arXiv:2401.04658; Yang et al., gated linear attention, arXiv:2312.06635.
+reading of q, k, v and one writing of y. Memory beside inputs and output: a few chunks per thread, or some megabytes per
+thread where no order matters; the backward recomputes the states at the borders of chunks (tokens / C matrices d x e per
+head) and saves nothing in between. Source: Qin et al., Lightning Attention-2, arXiv:2401.04658; Yang et al., gated linear
+attention, arXiv:2312.06635.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
-from .linear_spans import Span, activated, inactivated, inputs_of, matmul, matmul_added, product_dtype, spans_over, wide_dtype
-
-ROWS = 256
-"""Tokens taken at once where no order matters."""
+from .linear_spans import (
+    ACTIVATIONS,
+    Span,
+    activated,
+    blocks_over,
+    heads_first,
+    inactivated,
+    inputs_of,
+    matmul,
+    matmul_added,
+    product_dtype,
+    room_for,
+    rows_dot,
+    rows_times,
+    spans_over,
+    wide_dtype,
+)
+from .native import linear as native_linear
 
 
 @torch.library.custom_op("regard::linear_scan", mutates_args=())
@@ -48,7 +63,8 @@ def linear_scan(
         valid: ``(batch, tokens)``, True where a key exists.
         activation: of q and k, a key of :data:`ACTIVATIONS`.
         chunk: tokens of a chunk, a power of two.
-        kernel: ``"torch"`` or ``"triton"``.
+        kernel: ``"torch"``, ``"triton"``, or ``"native"``, which is torch's for what is not compiled
+            and where there are far fewer heads than threads.
 
     Returns:
         The output ``(batch, tokens, heads, value_dim)`` and the state after the last token.
@@ -58,12 +74,13 @@ def linear_scan(
 
 def _run(name: str, kernel: str, *arguments):
     """What a function gives in a kernel language, out of autocast's reach."""
-    if kernel == "torch":
-        function = globals()[name]
-    else:
-        from .triton import linear
+    if kernel == "triton":
+        from .triton import linear as triton_linear
 
-        function = getattr(linear, name)
+        function = getattr(triton_linear, name)
+    else:
+        compiled = getattr(native_linear, name, None) if kernel == "native" and native_linear.busy(arguments[0]) else None
+        function = compiled or globals()[name]
     with torch.autocast(arguments[0].device.type, enabled=False):
         return function(*arguments)
 
@@ -219,10 +236,25 @@ def _scan_backward_flops(grad, grad_final, q, k, v, decay, state, valid, activat
     return _scan_flops(q, v, chunk, (3, 2), 5)
 
 
-def _rows(x: Tensor, kind: torch.dtype) -> Iterator[Span]:
-    """Spans of :data:`ROWS` tokens, where the order does not matter."""
-    for spans in spans_over(x, ROWS, kind):
-        yield from spans
+@dataclass(frozen=True)
+class _Block:
+    """Features of some tokens ``(items, rows, heads, dim)``, what they were made of, and the mask that was applied.
+
+    Features that are made here stay wide, so that sums of theirs are exact.
+    """
+
+    value: Tensor
+    raw: Tensor
+    mask: Tensor | None
+
+
+def _block(x: Tensor, part: tuple[slice, slice], activation: str, room: Tensor | None, valid: Tensor | None = None) -> _Block:
+    raw = x[part]
+    if activation != "none":
+        raw = raw.to(wide_dtype(x))
+    value = ACTIVATIONS[activation][0](raw, room)
+    mask = None if valid is None else valid[part][..., None, None].to(value.dtype)
+    return _Block(value if mask is None else value * mask, raw, mask)
 
 
 @torch.library.custom_op("regard::linear_memory", mutates_args=())
@@ -246,11 +278,17 @@ def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple
     kind, wide = product_dtype(k), wide_dtype(k)
     products = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[-1], dtype=wide)
     total = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], dtype=wide)
-    for span in _rows(k, kind):
-        keys, _, _ = activated(span, k, activation, kind, valid)
-        products[span.items] += matmul(keys.transpose(-2, -1), span.take(v, kind)).sum(0)
-        total[span.items] += keys[..., : min(span.rows, span.size), :].sum((0, 3), dtype=wide)
+    room = room_for(k, activation)
+    for part in blocks_over(k):
+        keys = _block(k, part, activation, room, valid).value
+        products[part[0]] += _over_rows(keys, v[part], kind)
+        total[part[0]] += keys.sum(1, dtype=wide)
     return products, total
+
+
+def _over_rows(x: Tensor, y: Tensor, kind: torch.dtype) -> Tensor:
+    """Sums of ``x y^T`` over the rows of ``(items, rows, heads, n or m)``: ``(items, heads, n, m)``."""
+    return torch.bmm(heads_first(x, kind).transpose(1, 2), heads_first(y, kind)).unflatten(0, (-1, x.shape[2]))
 
 
 @linear_memory.register_fake
@@ -271,13 +309,14 @@ def memory_backward(
     grad: Tensor, grad_total: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
     kind = product_dtype(k)
-    grads, memory, total = (torch.empty_like(k), torch.empty_like(v)), grad.to(kind), grad_total.to(kind)
-    for span in _rows(k, kind):
-        keys, raw, mask = activated(span, k, activation, kind, valid)
-        turned = memory[span.items].expand(span.chunks, -1, -1, -1, -1)
-        span.put(grads[1], matmul(keys, turned))
-        grad_k = matmul(span.take(v, kind), turned.transpose(-2, -1)) + total[span.items].unsqueeze(-2)
-        span.put(grads[0], inactivated(grad_k, raw, mask, activation))
+    grads, memory = (torch.empty_like(k), torch.empty_like(v)), grad.to(kind)
+    room = room_for(k, activation)
+    for part in blocks_over(k):
+        keys, turned = _block(k, part, activation, room, valid), memory[part[0]]
+        rows_times(keys.value, turned, grads[1][part])
+        grad_k = rows_times(v[part], turned.transpose(-2, -1), torch.empty_like(keys.value, dtype=wide_dtype(k)))
+        grad_k += grad_total[part[0]].unsqueeze(1)
+        grads[0][part] = inactivated(grad_k, keys.raw, keys.mask, activation)
     return grads
 
 
@@ -327,20 +366,19 @@ def read(
     out = q.new_empty(*q.shape[:-1], memory.shape[-1])
     factors = q.new_empty(q.shape[:-1] if total is not None else (0,), dtype=wide)
     memories = memory.to(kind)
-    for span in _rows(q, kind):
-        queries, _, _ = activated(span, q, activation, kind)
-        y = matmul(queries, memories[span.items].expand(span.chunks, -1, -1, -1, -1))
+    room = room_for(q, activation)
+    fits = room is not None and out.shape == q.shape and out.dtype == wide  # features lie where the output replaces them
+    for part in blocks_over(q):
+        queries = _block(q, part, activation, out[part].flatten() if fits else room).value
         if total is not None:
-            factor = inverse(_summed_over(queries, total[span.items]), floor, eps)
-            span.put(factors[..., None], factor)
-            y = y.to(wide).mul_(factor)
-        span.put(out, y)
+            factors[part] = inverse(_summed_over(queries, total[part[0]]), floor, eps)
+        rows_times(queries, memories[part[0]], out[part], None if total is None else factors[part].unsqueeze(-1))
     return out, factors
 
 
 def _summed_over(queries: Tensor, total: Tensor) -> Tensor:
-    """The sum of the weights of queries ``(chunks, items, heads, rows, dim)``: ``(..., rows, 1)``."""
-    return torch.matmul(queries.to(total.dtype), total.unsqueeze(-1))
+    """The sum of the weights of queries ``(items, rows, heads, dim)``: ``(items, rows, heads)``."""
+    return rows_dot(queries.to(total.dtype), total)
 
 
 def inverse(mass: Tensor, floor: float | None, eps: float) -> Tensor:
@@ -372,24 +410,22 @@ def read_backward(
     grad_q, grad_memory = torch.empty_like(q), torch.zeros_like(memory)
     grad_total = q.new_empty(0) if total is None else torch.zeros_like(total)
     memories = memory.to(kind)
-    for span in _rows(q, kind):
-        queries, raw, _ = activated(span, q, activation, kind)
-        y = span.take(grad, kind)
-        turned = memories[span.items].expand(span.chunks, -1, -1, -1, -1)
+    room = room_for(q, activation)
+    for part in blocks_over(q):
+        queries, y, turned = _block(q, part, activation, room), grad[part], memories[part[0]].transpose(-2, -1)
         if total is None:
-            grad_features = matmul(y, turned.transpose(-2, -1))
+            grad_features = rows_times(y, turned, torch.empty_like(queries.value))
         else:
-            factor = span.take(inverse[..., None], wide)
-            y = (y * factor).to(kind)
-            grad_features = matmul(y, turned.transpose(-2, -1))
-            sums = total[span.items]
-            grad_mass = -(grad_features * queries).sum(-1, keepdim=True, dtype=wide) * factor
+            factor, sums = inverse[part].unsqueeze(-1), total[part[0]]
+            y = y * factor
+            grad_features = rows_times(y, turned, torch.empty_like(queries.value, dtype=wide))
+            grad_mass = (grad_features * queries.value).sum(-1, keepdim=True).mul_(factor).neg_()
             if floor is not None:
-                grad_mass = grad_mass.where(_summed_over(queries, sums) >= floor, 0.0)
-            grad_total[span.items] += torch.matmul(queries.to(wide).transpose(-2, -1), grad_mass).squeeze(-1).sum(0)
-            grad_features = grad_features + grad_mass * sums.unsqueeze(-2)
-        grad_memory[span.items] += matmul(queries.transpose(-2, -1), y).sum(0)
-        span.put(grad_q, inactivated(grad_features, raw, None, activation))
+                grad_mass = grad_mass.where(_summed_over(queries.value, sums).unsqueeze(-1) >= floor, 0.0)
+            grad_total[part[0]] += _over_rows(queries.value, grad_mass, wide).squeeze(-1)
+            grad_features.addcmul_(grad_mass, sums.unsqueeze(1))
+        grad_memory[part[0]] += _over_rows(queries.value, y, kind)
+        grad_q[part] = inactivated(grad_features, queries.raw, None, activation)
     return grad_q, grad_memory, grad_total
 
 

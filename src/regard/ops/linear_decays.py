@@ -60,15 +60,15 @@ def _blocks(scores: Tensor, block: int) -> Tensor:
 
 def _summed(logs: Tensor) -> Decay:
     """The decays of chunks with logarithms ``(chunks, items, heads, size, width)``, without ``inner``."""
-    enter, leave, through = logs, torch.zeros_like(logs), logs
+    enter, leave, through = logs.clone(), torch.zeros_like(logs), logs
     pairs, block = [], 1
     while block < logs.shape[-2]:
-        first, second = enter.unflatten(-2, (-1, 2, block)).unbind(-3)
-        before, after = leave.unflatten(-2, (-1, 2, block)).unbind(-3)
+        second = enter.unflatten(-2, (-1, 2, block))[..., 1, :, :]
+        before = leave.unflatten(-2, (-1, 2, block))[..., 0, :, :]
         left, right = through.unflatten(-2, (-1, 2, 1)).unbind(-3)  # (..., blocks / 2, 1, width)
         pairs.append((before.exp(), second.exp()))
-        enter = torch.stack([first, second + left], -3).flatten(-4, -2)
-        leave = torch.stack([before + right, after], -3).flatten(-4, -2)
+        second += left
+        before += right
         through = (left + right).squeeze(-2)
         block *= 2
     return Decay(enter.exp(), leave.exp(), through.exp().transpose(-2, -1), pairs, None)
@@ -144,11 +144,16 @@ def leaving(k: Tensor, decay: Decay | None) -> Tensor:
 
 def run_states(state: Tensor, added: Tensor, decay: Decay | None, kind: torch.dtype, reverse: bool = False) -> Tensor:
     """The state before each chunk (after it in reverse), each adding to the next; ``state`` moves to the other end."""
-    chunks = len(added)
-    states = torch.empty(added.shape, dtype=kind, device=added.device)
-    for i in reversed(range(chunks)) if reverse else range(chunks):
-        states[i] = state
-        if decay is not None:
-            state.mul_(decay.through[min(i, len(decay.through) - 1)])
-        state.add_(added[i])
-    return states
+    before = torch.empty(len(added) + 1, *state.shape, dtype=state.dtype, device=state.device)
+    first, rest = (before[-1], before[:-1]) if reverse else (before[0], before[1:])
+    first.copy_(state)
+    rest.copy_(added)
+    steps, throughs = before.unbind(), None if decay is None else decay.through.expand(len(added), *[-1] * 4).unbind()
+    for i in reversed(range(len(added))) if reverse else range(len(added)):
+        here, there = (steps[i + 1], steps[i]) if reverse else (steps[i], steps[i + 1])
+        if throughs is None:
+            there.add_(here)
+        else:
+            there.addcmul_(here, throughs[i])
+    state.copy_(steps[0] if reverse else steps[-1])
+    return (before[1:] if reverse else before[:-1]).to(kind)

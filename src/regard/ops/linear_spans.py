@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,19 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .affine import affine, fast_here
 
-def _silu_slope(x: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
+BLOCK = 1 << 19
+"""Numbers of a tensor that each thread of a CPU takes at once where no order matters."""
+
+TALL = 512
+"""Rows from which on a product with a small matrix is worth a call of its own."""
 
 
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "none": (lambda x: x, torch.ones_like),
-    "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "elu_plus_one": (lambda x: F.elu(x).add_(1), lambda x: x.clamp(max=0).exp()),
-    "silu": (F.silu, _silu_slope),
+def _elu_plus_one(x: Tensor, room: Tensor | None = None) -> Tensor:
+    return (F.elu(x) if room is None else torch.ops.aten.elu.out(x, out=room[: x.numel()].view(x.shape))).add_(1)
+
+
+def _elu_slope(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, False, x)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "none": (lambda x, room=None: x, lambda grad, x: grad),
+    "relu": (lambda x, room=None: torch.relu(x), lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+    "elu_plus_one": (_elu_plus_one, _elu_slope),
+    "silu": (lambda x, room=None: F.silu(x), lambda grad, x: torch.ops.aten.silu_backward(grad, x)),
 }
-"""Feature maps that are applied value by value, each with its derivative."""
+"""Feature maps that are applied value by value, each with the gradient of x from that of its value.
+
+They may be given room to write to, a flat tensor: fresh memory of the system can cost more than the arithmetic.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,8 @@ def spans_over(q: Tensor, size: int, kind: torch.dtype) -> Iterator[list[Span]]:
     whole, rest = divmod(tokens, size)
     if torch.compiler.is_exporting():
         matrices = batch * heads * (whole + 1)
-    else:  # as many matrix products per call as keep a core busy and its cache warm
-        rows = (1024 if kind.itemsize > 2 else 2048) if q.device.type == "cpu" else 1 << 18
+    else:  # as many matrix products per call as keep the cores busy and their caches warm
+        rows = (2048 if kind.itemsize > 2 else 4096) * _threads() if q.device.type == "cpu" else 1 << 18
         matrices = max(1, rows // size)
     items = max(1, min(batch, matrices // (heads * (whole + 1))))
     step = max(1, matrices // (heads * items))
@@ -67,6 +82,84 @@ def spans_over(q: Tensor, size: int, kind: torch.dtype) -> Iterator[list[Span]]:
         if rest:
             spans.append(Span(taken, whole * size, 1, size, rest))
         yield spans
+
+
+def blocks_over(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Some batch items and tokens at a time, which cover ``(batch, tokens, heads, width)`` where no order matters."""
+    if torch.compiler.is_exporting():
+        yield slice(None), slice(None)
+        return
+    batch, tokens = x.shape[:2]
+    rows = max(1, _numbers(x) // x.shape[2:].numel())
+    items, rows = max(1, rows // tokens), -(-tokens // -(-tokens // rows))  # of one size
+    for item in range(0, batch, items):
+        for row in range(0, tokens, rows):
+            yield slice(item, min(item + items, batch)), slice(row, min(row + rows, tokens))
+
+
+def _numbers(x: Tensor) -> int:
+    """Of a tensor, how many are taken at once where no order matters."""
+    return BLOCK * _threads() if x.device.type == "cpu" else 1 << 24
+
+
+def _threads() -> int:
+    """Threads to divide work among; the memory that is used at once grows with them, up to a limit."""
+    return min(torch.get_num_threads(), 8)
+
+
+def room_for(x: Tensor, activation: str) -> Tensor | None:
+    """Room for the features of each of :func:`blocks_over`, used again and again."""
+    if activation != "elu_plus_one" or torch.compiler.is_exporting():
+        return None  # the others, or a program to be read, take none
+    return torch.empty(min(x.numel(), max(_numbers(x), x.shape[2:].numel())), dtype=wide_dtype(x), device=x.device)
+
+
+def heads_first(x: Tensor, kind: torch.dtype) -> Tensor:
+    """``(items, rows, heads, width)`` as a stack of matrices ``(items * heads, rows, width)``, copied only if it must be."""
+    return x.transpose(1, 2).to(kind, memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def rows_times(x: Tensor, small: Tensor, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Fill ``out`` with rows times the matrix of their item and head, in the dtype of that, and then times a factor.
+
+    Args:
+        x: ``(items, rows, heads, n)``.
+        small: ``(items, heads, n, m)``.
+        out: ``(items, rows, heads, m)``.
+        factor: ``(items, rows, heads, 1)``.
+
+    Returns:
+        ``out``; it may be where the rows are.
+    """
+    if _calls_each(x, small):
+        for item in range(len(x)):
+            factors = itertools.repeat(None) if factor is None else factor[item].unbind(1)
+            heads = zip(x[item].unbind(1), small[item].transpose(-2, -1), out[item].unbind(1), factors, strict=False)
+            for rows, matrix, part, by in heads:
+                y = affine(rows, matrix)
+                part.copy_(y) if by is None else torch.mul(y, by, out=part)
+        return out
+    y = torch.bmm(heads_first(x, small.dtype), small.flatten(0, 1)).unflatten(0, small.shape[:2]).transpose(1, 2)
+    return out.copy_(y if factor is None else y * factor)
+
+
+def _calls_each(x: Tensor, small: Tensor) -> bool:
+    """Whether each item and head is a fast product of its own."""
+    plain = x.dtype == small.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_exporting()
+    return plain and x.shape[1] >= TALL and fast_here()
+
+
+def rows_dot(x: Tensor, vectors: Tensor) -> Tensor:
+    """Rows ``(items, rows, heads, n)`` times the vector ``(items, heads, n)`` of their item and head: ``(items, rows, heads)``.
+
+    For few heads one product with a block diagonal matrix: the rows stay where they are.
+    """
+    if x.shape[2] > 16:
+        return (
+            torch.bmm(heads_first(x, x.dtype), vectors.flatten(0, 1).unsqueeze(-1)).view(-1, *x.shape[2:0:-1]).transpose(1, 2)
+        )
+    matrix = torch.diag_embed(vectors.transpose(1, 2)).permute(0, 3, 2, 1).flatten(2)  # (items, heads, heads * n)
+    return torch.bmm(x.flatten(2), matrix.transpose(1, 2))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -110,8 +203,7 @@ def activated(span: Span, x: Tensor, activation: str, kind: torch.dtype, valid: 
 
 def inactivated(grad: Tensor, raw: Tensor, mask: Tensor | None, activation: str) -> Tensor:
     """The gradient of what the features were made of."""
-    grad = grad if mask is None else grad * mask
-    return grad if activation == "none" else grad * ACTIVATIONS[activation][1](raw)
+    return ACTIVATIONS[activation][1](grad if mask is None else grad * mask, raw)
 
 
 def inputs_of(span: Span, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, activation: str, kind: torch.dtype) -> Inputs:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .heads import repeat_heads
 from .tile_attention import CACHED_SCORES, multiplies, triangle
 from .tiling import TileGroup, TilePlan
 
@@ -233,8 +234,7 @@ class Rows:
         else:
             rows, tile = _scratch(self.role, n, t, self.heads, self.dim, self.rows)
             torch.index_select(index.of(self.rows), 0, index.flat, out=rows)
-        if heads != self.heads:
-            tile = tile.repeat_interleave(heads // self.heads, 1)
+        tile = repeat_heads(tile, heads, 1)
         if width != self.dim:
             tile = F.pad(tile, (0, width - self.dim))
         return tile
@@ -346,7 +346,7 @@ def fold_heads(tensor: Tensor, heads: int) -> Tensor:
     """``(batch, *grid, heads, dim)`` to ``(batch * heads, *grid, 1, dim)``, repeating up to ``heads``; 1 folds nothing."""
     if heads == 1:
         return tensor
-    tensor = tensor.repeat_interleave(heads // tensor.shape[-2], -2)
+    tensor = repeat_heads(tensor, heads)
     return tensor.movedim(-2, 1).flatten(0, 1).unsqueeze(-2)
 
 

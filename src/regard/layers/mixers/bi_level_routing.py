@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops import Source, route
 from ...ops import patterns as P
+from ...ops.heads import repeat_heads
 from ..positions import ValueConv
 from .base import AttentionMixer, check_choice
 from .registry import register_mixer
@@ -74,7 +75,7 @@ class BiLevelRoutingAttention(AttentionMixer):
         if self.topk == -1:
             return P.Dense()
         block = route.block_sizes(q.shape[1:-2], self.regions)
-        k = k.repeat_interleave(self.heads // self.kv_heads, -2)
+        k = repeat_heads(k, self.heads)
         scores = route.affinity(*(route.summaries(t.detach().flatten(-2), block) for t in (q, k)))
         return route.top_k(scores, self.topk, block)
 
@@ -82,4 +83,4 @@ class BiLevelRoutingAttention(AttentionMixer):
         return [Source(k, v, self.route(q, k))]
 
     def finish(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return y + self.lepe(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))
+        return y + self.lepe(repeat_heads(v, self.heads).flatten(-2))

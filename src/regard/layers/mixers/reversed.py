@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...ops import Source
 from ...ops import patterns as P
+from ...ops.heads import repeat_heads
 from ...ops.transposed import attend_transposed
 from ...ops.weights import attend_weights
 from ..linear import Linear
@@ -115,8 +116,7 @@ class ReversedAttention(AttentionMixer):
         if extra is not None:
             parts = zip((q, k, v), self.project(extra, extra), strict=True)
             q, k, v = (torch.cat([inner.flatten(1, -3), outer], 1) for inner, outer in parts)
-        groups = self.heads // self.kv_heads
-        return [q, k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)]
+        return [q, repeat_heads(k, self.heads), repeat_heads(v, self.heads)]
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         self.check_tokens(x, extra, context)

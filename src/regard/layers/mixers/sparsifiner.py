@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...ops import Source
 from ...ops import patterns as P
+from ...ops.heads import repeat_heads
 from ...ops.weights import attend_weights
 from ..linear import Linear
 from ..positions import resize_offset_table
@@ -188,7 +189,7 @@ class SparsifinerAttention(MultiHeadAttention):
         if self.prefix:
             k, v = (torch.cat([first, rest.flatten(1, -3)], 1) for first, rest in ((extra[0].k, k), (extra[0].v, v)))
         competing = [] if self.prefix else list(extra)
-        keys = k.flatten(1, -3).repeat_interleave(self.heads // self.kv_heads, -2)
+        keys = repeat_heads(k.flatten(1, -3), self.heads)
         if self.maps is not None:
             self.maps.append(self.predictor(q.flatten(1, -3), keys, key_grid, exact=True))
             return self.attend(q, [Source(k, v, P.Dense()), *competing])

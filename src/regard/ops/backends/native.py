@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..native import Parts, attend_parts, differentiate_parts, routed_parts, static_parts, why_not
+from ..native import Parts, attend_parts, differentiate_parts, missing, routed_parts, static_parts
 from ..native.tiles import TYPES
 from ..patterns import Dense, Tokens
 from . import tile_calls, tiled
@@ -25,7 +25,7 @@ SMALLEST = 1e7
 
 
 def available() -> str | None:
-    return _why_not()
+    return missing()
 
 
 def supports(call: Call) -> str | None:
@@ -39,7 +39,7 @@ def supports(call: Call) -> str | None:
         return why
     if tile_calls.is_triangle(call):
         return "raster order without a grid belongs to dense attention"
-    return _why_not()
+    return missing()
 
 
 def prefers(call: Call) -> bool:
@@ -52,11 +52,6 @@ def prefers(call: Call) -> bool:
     if pairs < call.queries * call.keys:
         return True
     return call.batch * call.heads * pairs * 2 * (call.q.shape[-1] + call.v.shape[-1]) >= SMALLEST
-
-
-@torch.compiler.assume_constant_result
-def _why_not() -> str | None:
-    return why_not()
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
+from ..heads import repeat_heads
 
 
 def supports(call: Call) -> str | None:
@@ -26,7 +27,7 @@ def logits(call: Call, rows: Tensor | None = None) -> Tensor:
     kind = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     q = call.q.flatten(1, -3)
     q = (q if rows is None else q[:, rows]).to(kind)
-    k = call.k.flatten(1, -3).to(kind).repeat_interleave(call.heads // call.k.shape[-2], 2)
+    k = repeat_heads(call.k.flatten(1, -3).to(kind), call.heads)
     with exactly(q.device):
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * call.scale
     bias = call.dense_bias(rows)
@@ -53,7 +54,7 @@ def attend_rows(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor]
     """Output ``(batch, rows, heads, value_dim)`` and log-sum-exp ``(batch, rows, heads)`` of some queries, by default all."""
     weights, lse = normalise(logits(call, rows))
     weights = F.dropout(weights, call.dropout)
-    v = call.v.flatten(1, -3).to(weights.dtype).repeat_interleave(call.heads // call.v.shape[-2], 2)
+    v = repeat_heads(call.v.flatten(1, -3).to(weights.dtype), call.heads)
     with exactly(v.device):
         out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(call.q.dtype)
     return out, lse.transpose(1, 2)

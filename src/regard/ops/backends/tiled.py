@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
+from ..heads import repeat_heads
 from ..merging import merge
 from ..patterns import Blocks, Tokens
 from ..pool import run_all
@@ -335,7 +336,7 @@ def _plain_group(
 
     queries, keys, kinds = constant(group.queries), constant(group.keys), constant(group.kinds)
     q = q[:, queries].transpose(2, 3)  # (batch, tiles, heads, tq, dim)
-    k, v = (t[:, keys].repeat_interleave(call.heads // t.shape[2], 3).transpose(2, 3) for t in (k, v))
+    k, v = (repeat_heads(t[:, keys], call.heads, 3).transpose(2, 3) for t in (k, v))
     bias = q.new_zeros(1, 1, 1, 1, 1)
     if call.table is not None and group.offsets is not None:
         offsets = constant(group.offsets)

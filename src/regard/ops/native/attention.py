@@ -7,7 +7,6 @@ of the queries. Cost: the pairs of the tiles, and memory for a tile per thread.
 from __future__ import annotations
 
 import ctypes
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import library
+from .scratch import lend
 
+NEAR = 1 << 17
+"""Numbers that stay in the cache next to a core but one."""
 SMALL = 2e5
 """Below this many products of numbers, one thread is enough."""
 
@@ -38,14 +40,14 @@ class TileSet:
     apart: bool = False
 
 
-class _Rows(ctypes.Structure):
+class RowsOf(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
 
 
 class _Task(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("narrow", "narrow_out", "batch", "heads", "kv_heads", "dim", "value")),
-        *((name, _Rows) for name in ("q", "k", "v", "out", "lse")),
+        *((name, ctypes.c_int64) for name in ("ahead", "narrow", "narrow_out", "batch", "heads", "kv_heads", "dim", "value")),
+        *((name, RowsOf) for name in ("q", "k", "v", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("tiles", "tq", "tk")),
         *((name, ctypes.c_void_p) for name in ("queries", "keys", "kinds")),
         *((name, ctypes.c_int64) for name in ("keys_batch", "keys_head")),
@@ -55,7 +57,7 @@ class _Task(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("bias_kind", "bias_head")),
         ("scale", ctypes.c_double),
         ("merge", ctypes.c_int64),
-        *((name, _Rows) for name in ("grad", "grad_lse", "dq", "dk", "dv")),
+        *((name, RowsOf) for name in ("grad", "grad_lse", "dq", "dk", "dv")),
         ("sums", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("sums_worker", "apart", "slices", "slice_k", "slice_v")),
         ("scratch", ctypes.c_void_p),
@@ -124,12 +126,12 @@ def differentiate(
     if not tiles.apart:
         task.slices = _slices(alone, min(torch.get_num_threads(), task.tiles * alone), task.tiles)
     task.workers = _workers(task, alone * (task.tiles if tiles.apart else task.slices))
-    task.grad = _rows(grad)
+    task.grad = rows_of(grad)
     task.grad_lse = _lse_rows(grad_lse)
     if task.slices > 1:
         dk, dv = (t.new_zeros(task.slices, *t.shape) for t in (dk, dv))
         task.slice_k, task.slice_v = dk.stride(0), dv.stride(0)
-    task.dq, task.dk, task.dv = _rows(dq), _rows(dk[0] if task.slices > 1 else dk), _rows(dv[0] if task.slices > 1 else dv)
+    task.dq, task.dk, task.dv = (rows_of(t[0] if t.ndim > 4 else t) for t in (dq, dk, dv))
     sums = None
     if need_scores:
         classes = 1 if tiles.bias is None else len(tiles.bias)
@@ -145,9 +147,9 @@ def differentiate(
 
 def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Tensor, lse: Tensor | None, merge: bool) -> _Task:
     task = _Task(
-        narrow=q.dtype == torch.bfloat16, narrow_out=out.dtype == torch.bfloat16,
+        ahead=_ahead(k, v, tiles), narrow=q.dtype == torch.bfloat16, narrow_out=out.dtype == torch.bfloat16,
         batch=q.shape[0], heads=q.shape[2], kv_heads=k.shape[2], dim=q.shape[3], value=v.shape[3],
-        q=_rows(q), k=_rows(k), v=_rows(v), out=_rows(out), lse=_lse_rows(lse),
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), out=rows_of(out), lse=_lse_rows(lse),
         tiles=len(tiles.queries), tq=tiles.queries.shape[1], tk=tiles.keys.shape[3],
         queries=tiles.queries.data_ptr(), keys=tiles.keys.data_ptr(), kinds=tiles.kinds.data_ptr(),
         scale=scale, merge=merge, slices=1, workers=1,
@@ -162,12 +164,19 @@ def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Te
     return task
 
 
-def _rows(tensor: Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), *tensor.stride()[:3])
+def _ahead(k: Tensor, v: Tensor, tiles: TileSet) -> bool:
+    """Whether the keys of an item do not stay in the caches, or are not read often: few keys read often are there already."""
+    size = k[0].numel() + v[0].numel()
+    return size > NEAR or tiles.keys[0, 0].numel() < 4 * k.shape[1]
 
 
-def _lse_rows(lse: Tensor | None) -> _Rows:
-    return _Rows(None, 0, 0, 0) if lse is None else _rows(lse)
+def rows_of(tensor: Tensor) -> RowsOf:
+    """A tensor ``(batch, tokens, heads, ...)``, as C reads it."""
+    return RowsOf(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _lse_rows(lse: Tensor | None) -> RowsOf:
+    return RowsOf(None, 0, 0, 0) if lse is None else rows_of(lse)
 
 
 def _steps(lists: Tensor) -> tuple[int, int]:
@@ -189,22 +198,8 @@ def _slices(units: int, threads: int, tiles: int) -> int:
     return 1
 
 
-class _Kept(threading.local):
-    """Memory for the tiles under way, kept between the calls of a thread: new pages cost more than what is done in them."""
-
-    memory: Tensor | None = None
-
-
-_KEPT = _Kept()
-
-
 def _run(task: _Task, direction: str) -> None:
-    size = getattr(library(), f"regard_{direction}_scratch")(ctypes.byref(task))
-    task.scratch_worker = -(-size // 1024) * 1024 + 16  # not the same place of a page for all
-    memory = _KEPT.memory
-    if memory is None or len(memory) < task.scratch_worker * task.workers + 16:
-        with torch.inference_mode(False):
-            memory = _KEPT.memory = torch.empty(task.scratch_worker * task.workers + 16, dtype=torch.float32)
-    address = memory.data_ptr()
-    task.scratch = address + -address % 64
+    each = getattr(library(), f"regard_{direction}_scratch")(ctypes.byref(task))
+    memory = lend(task, each)
     getattr(library(), f"regard_{direction}")(ctypes.byref(task))
+    del memory

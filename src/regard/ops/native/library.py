@@ -19,8 +19,11 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("attention.c")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "attention.c", FOLDER / "linear.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+KERNELS = ("forward", "backward", "scan", "scan_backward")
+"""Each with a function that says how many numbers of scratch memory a worker needs."""
 MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """What makes a compiler use all that the processor has, by compiler and processor; the first that works is taken."""
 
@@ -41,7 +44,7 @@ def library() -> ctypes.CDLL:
     if sys.platform == "win32":
         raise Unavailable("compiled kernels are for Linux and macOS")
     compiler = _compiler()
-    path = _cache() / f"attention-{_fingerprint(compiler)}.so"
+    path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
     if path.exists():
         try:
             return opened(path)
@@ -57,10 +60,10 @@ def opened(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
-    for name in ("regard_lanes", "regard_task_size", "regard_forward_scratch", "regard_backward_scratch"):
-        getattr(loaded, name).restype = ctypes.c_int64
-    for name in ("regard_forward", "regard_backward"):
-        getattr(loaded, name).restype = None
+    for name in ("lanes", "task_size", "scan_size", *(f"{kernel}_scratch" for kernel in KERNELS)):
+        getattr(loaded, f"regard_{name}").restype = ctypes.c_int64
+    for name in KERNELS:
+        getattr(loaded, f"regard_{name}").restype = None
     return loaded
 
 
@@ -92,9 +95,7 @@ def _cache() -> Path:
     except OSError as error:
         raise Unavailable(f"the folder {base} for compiled kernels cannot be made: {error}") from error
     if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o022:
-        raise Unavailable(
-            f"the folder {base} for compiled kernels must be this user's alone; REGARD_CACHE names another"
-        )
+        raise Unavailable(f"the folder {base} for compiled kernels must be this user's alone; REGARD_CACHE names another")
     return base
 
 
@@ -103,7 +104,8 @@ def _fingerprint(compiler: str) -> str:
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     about = {line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part")}
     stat = Path(compiler).resolve().stat()
-    told = [SOURCE.read_text(), *FLAGS, compiler, str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), *sorted(about)]
+    told = [path.read_text() for path in (*SOURCES, FOLDER / "vectors.h")]
+    told += [*FLAGS, compiler, str(stat.st_size), str(stat.st_mtime_ns), platform.machine(), *sorted(about)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
@@ -113,7 +115,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         for extra in MACHINE:
-            command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, *extra, *map(str, SOURCES), "-o", str(made), "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,0 +1,130 @@
+"""Calls of the compiled causal linear attention, in the places of the functions of :mod:`regard.ops.linear_chunks`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .attention import RowsOf, rows_of
+from .library import library
+from .scratch import lend
+
+ACTIVATIONS = ("none", "relu", "elu_plus_one", "silu")
+"""In the order of their numbers in C."""
+LONGEST = 128
+"""Tokens of a chunk at most: its scores stay in the cache."""
+
+
+def busy(x: Tensor) -> bool:
+    """Whether the heads of ``(batch, tokens, heads, dim)`` keep the threads busy enough: each is done by one."""
+    return 3 * x.shape[0] * x.shape[2] >= torch.get_num_threads()
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("narrow", "narrow_values", "batch", "heads", "tokens", "dim", "value")),
+        *((name, ctypes.c_int64) for name in ("chunk", "activation")),
+        *((name, RowsOf) for name in ("q", "k", "v", "out", "decay")),
+        ("valid", ctypes.c_void_p),
+        ("valid_batch", ctypes.c_int64),
+        ("state", ctypes.c_void_p),
+        *((name, RowsOf) for name in ("grad", "dq", "dk", "dv", "ddecay")),
+        *((name, ctypes.c_void_p) for name in ("grad_state", "scratch")),
+        *((name, ctypes.c_int64) for name in ("scratch_worker", "workers")),
+    ]
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    state: Tensor | None,
+    valid: Tensor | None,
+    activation: str,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_scan`; decays are one per head, or per token and head."""
+    q, k, v = (_contiguous_rows(t) for t in (q, k, v))
+    logs, exist, final = _logs(decay), _exist(valid), _initial(q, v, state)
+    out = v.new_empty(*q.shape[:-1], v.shape[-1])
+    task = _task(q, k, v, logs, exist, final, activation, chunk)
+    task.out = rows_of(out)
+    _run(task, "scan")
+    return out, final
+
+
+def scan_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    state: Tensor | None,
+    valid: Tensor | None,
+    activation: str,
+    chunk: int,
+    need_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_scan_backward`."""
+    grad, q, k, v = (_contiguous_rows(t) for t in (grad.to(v.dtype), q, k, v))
+    logs, exist, before, grad_state = _logs(decay), _exist(valid), _initial(q, v, state), _initial(q, v, grad_final)
+    grads = tuple(t.new_empty(t.shape) for t in (q, k, v))
+    task = _task(q, k, v, logs, exist, before, activation, chunk)
+    task.grad, task.grad_state = rows_of(grad), grad_state.data_ptr()
+    task.dq, task.dk, task.dv = (rows_of(t) for t in grads)
+    changes = q.new_empty(q.shape[:3], dtype=torch.float32) if need_decay and decay is not None else None
+    if changes is not None:
+        task.ddecay = rows_of(changes.unsqueeze(-1))
+    _run(task, "scan_backward")
+    if changes is None or decay is None:
+        return *grads, q.new_empty(0), grad_state  # type: ignore[return-value]  # three of them
+    return *grads, (changes.sum((0, 1)) if decay.ndim == 1 else changes).to(decay.dtype), grad_state  # type: ignore[return-value]
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _logs(decay: Tensor | None) -> Tensor | None:
+    """``(batch, tokens, heads, 1)`` in float32, with steps of 0 where it is the same."""
+    if decay is None:
+        return None
+    decay = decay.to(torch.float32)
+    return decay[..., None] if decay.ndim == 3 else decay[None, None, :, None].expand(1, 1, -1, 1)
+
+
+def _exist(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.contiguous()
+
+
+def _initial(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
+    if state is not None:
+        return state.clone(memory_format=torch.contiguous_format)
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def _task(
+    q: Tensor, k: Tensor, v: Tensor, logs: Tensor | None, exist: Tensor | None, state: Tensor, activation: str, chunk: int
+) -> _Scan:
+    batch, tokens, heads, dim = q.shape
+    task = _Scan(
+        narrow=q.dtype == torch.bfloat16, narrow_values=v.dtype == torch.bfloat16, batch=batch, heads=heads, tokens=tokens,
+        dim=dim, value=v.shape[3], chunk=min(chunk, LONGEST), activation=ACTIVATIONS.index(activation),
+        q=rows_of(q), k=rows_of(k), v=rows_of(v), state=state.data_ptr(),
+        workers=max(1, min(torch.get_num_threads(), batch * heads)),
+    )  # fmt: skip
+    if logs is not None:
+        task.decay = RowsOf(logs.data_ptr(), *(logs.stride(axis) if logs.shape[axis] > 1 else 0 for axis in range(3)))
+    if exist is not None:
+        task.valid, task.valid_batch = exist.data_ptr(), exist.stride(0) if len(exist) > 1 else 0
+    return task
+
+
+def _run(task: _Scan, name: str) -> None:
+    memory = lend(task, getattr(library(), f"regard_{name}_scratch")(ctypes.byref(task)))
+    getattr(library(), f"regard_{name}")(ctypes.byref(task))
+    del memory
