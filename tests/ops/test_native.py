@@ -61,7 +61,7 @@ def test_parts_of_a_union_merge(pattern, dtype):
     equals_definition(Case((11, 13), pattern, 4, 2, dim=8, value_dim=17, valid=True), dtype, tolerance)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("threads", [2, 3, 16])
 @pytest.mark.parametrize(
     "case",
     [
@@ -70,6 +70,8 @@ def test_parts_of_a_union_merge(pattern, dtype):
         ),  # tiles share keys: slices with sums of their own
         Case((16, 16), P.Window(4, shift=1), 3, 3, dim=8, batch=2, table=True),
         Case((16, 16), P.Grid(4), 2, 1, dim=8, batch=1),
+        Case((130,), P.Dense(), 2, 1, dim=8, batch=1),  # one tile, whose queries are cut
+        Case((9, 12), P.Dense(), 1, 1, dim=8, batch=1, valid=True),
     ],
     ids=lambda case: case.pattern.spec,
 )

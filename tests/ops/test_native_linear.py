@@ -1,4 +1,4 @@
-"""The compiled causal linear attention equals the definition in float64: output, state and all gradients."""
+"""The compiled linear attention equals the definition in float64: output, state and all gradients."""
 
 from __future__ import annotations
 
@@ -136,19 +136,54 @@ def test_few_heads_on_many_threads_are_left_to_operators(monkeypatch):
     assert asked == [1]
 
 
+@given(attentions(), st.sampled_from(["none", "relu", "elu_plus_one", "silu"]), st.sampled_from(["none", "sum", "floor"]))
+@settings(max_examples=80)
+def test_over_all_keys(attention, feature, norm):
+    tensors, valid = attention
+    tensors = {name: tensors[name] for name in "qkv"}
+    options = {"feature": feature, "valid": valid, "norm": "none" if norm == "none" else "sum"}
+    if norm != "none":  # sums of any sign may come close to 0
+        tensors |= {name: tensors[name].abs() for name in "qk"}
+        options |= {"floor": 1.0 if norm == "floor" else None, "eps": 0.5}
+    found = []
+    for kind, backend in ((torch.float32, "native"), (torch.float64, "naive")):
+        leaves = [t.to(kind).requires_grad_() for t in tensors.values()]
+        y = linear_attend(*leaves, backend=backend, **options)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+        found.append([t.double() for t in (y, *grads)])
+    for left, right in zip(*found, strict=True):
+        assert (left - right).abs().max() <= 2e-5 * right.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_over_all_keys_tokens_are_shared_out(threads):
+    """More chunks than slices, and fewer; queries of another number than keys."""
+    q, k, v = torch.randn(1, 1000, 2, 16), torch.randn(1, 290, 2, 16), torch.randn(1, 290, 2, 40)
+    options = {"feature": "elu_plus_one", "norm": "sum"}
+    torch.set_num_threads(threads)
+    try:
+        found = linear_attend(q, k, v, backend="native", **options)
+    finally:
+        torch.set_num_threads(1)
+    expected = linear_attend(q.double(), k.double(), v.double(), backend="naive", **options)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("decay", [None, "head", "token"])
 def test_the_operators_are_well_formed(decay):
     q, k, v = (torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3))
     logs = {None: None, "head": -torch.rand(2), "token": -torch.rand(1, 20, 2)}[decay]
     arguments = (q, k, v, None if logs is None else logs.requires_grad_(), None, None, "silu", 16, "native")
     torch.library.opcheck(linear_chunks.linear_scan, arguments)
+    torch.library.opcheck(linear_chunks.linear_memory, (k, v, None, "silu", "native"))
+    memory, total = torch.randn(1, 2, 8, 8, requires_grad=True), torch.rand(1, 2, 8, requires_grad=True)
+    torch.library.opcheck(linear_chunks.linear_read, (q, memory, total, 0.1, 0.2, "relu", "native"))
 
 
 def test_it_says_what_it_cannot_do():
     q = torch.randn(1, 20, 2, 8)
     for tensor, options, reason in (
         (q.double(), {"causal": True}, "only float32 and bfloat16; got torch.float64"),
-        (q, {}, "it goes through keys in order; here every query sees every key"),
         (q, {"causal": True, "log_decay": torch.zeros(2, 8)}, "one decay per head, or per token and head; got \\(2, 8\\)"),
         (q.to("meta"), {"causal": True}, "compiled for CPUs; got meta"),
     ):

@@ -22,8 +22,8 @@ How it is measured: all variants of a case take turns in one process, so that a 
 Times are medians, with quartiles in brackets. **x** is the time of a variant over that of regard: above 1 regard is faster,
 below 1 it loses. Errors are relative, in the Frobenius norm, against the definition in float64, and with gradients the largest
 of the output's and the gradients'; a dash stands where something else is computed. First runs, in which plans are made and
-kernels compiled, are not part of the times; the files have them (`first_ms`). On several threads, 20 ms before each run let
-those of the run before fall asleep, and a small operator wakes those of this one.
+kernels compiled, are not part of the times; the files have them (`first_ms`). Runs shorter than 0.1 s are preceded by one that
+is not timed, so that caches and threads are as in a loop; on several threads a rest of 20 ms ends what those before wait for.
 """
 
 NOTES = {

@@ -155,7 +155,7 @@ def linear_attend(
         start: position of the first token, for feature maps that depend on positions.
         return_state: also return what all keys so far leave to later queries.
         chunk: tokens of a chunk of the causal form, a power of two; the result does not depend on it.
-        backend: ``"auto"``, ``"chunked"`` (torch), ``"native"`` (in order, compiled for the CPU) and ``"triton"`` (neither with
+        backend: ``"auto"``, ``"chunked"`` (torch), ``"native"`` (compiled for the CPU) and ``"triton"`` (neither with
             decays per feature), or ``"naive"``, the definition, which computes all weights.
 
     Returns:
@@ -249,8 +249,6 @@ def _native_problem(call: _Call) -> str | None:
         return f"compiled for CPUs; got {call.q.device.type}"
     if call.q.dtype not in (torch.float32, torch.bfloat16):
         return f"only float32 and bfloat16; got {call.q.dtype}"
-    if not call.causal and call.decay is None:
-        return "it goes through keys in order; here every query sees every key"
     if call.decay is not None and call.decay.ndim not in (1, 3):
         return f"it takes one decay per head, or per token and head; got {tuple(call.decay.shape)}"
     if torch.compiler.is_exporting():

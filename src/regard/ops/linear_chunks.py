@@ -79,8 +79,8 @@ def _run(name: str, kernel: str, *arguments):
 
         function = getattr(triton_linear, name)
     else:
-        compiled = getattr(native_linear, name, None) if kernel == "native" and native_linear.busy(arguments[0]) else None
-        function = compiled or globals()[name]
+        compiled = kernel == "native" and native_linear.serves(name, arguments[0])
+        function = getattr(native_linear, name) if compiled else globals()[name]
     with torch.autocast(arguments[0].device.type, enabled=False):
         return function(*arguments)
 

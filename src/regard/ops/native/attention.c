@@ -12,6 +12,7 @@ typedef struct {
     int64_t batch, heads, kv_heads, dim, value;
     Rows q, k, v, out, lse;
     int64_t tiles, tq, tk;
+    int64_t cuts; /* pieces that the queries of a tile are cut into, each a piece of work */
     const int64_t *queries, *keys, *kinds; /* (tiles, tq); (tiles, tk) of a batch item and a head; the class of each tile */
     int64_t keys_batch, keys_head;
     const uint8_t *seen; /* which keys of each tile exist, in the order of `keys`; NULL: all */
@@ -83,14 +84,19 @@ INLINE int64_t at_once(int64_t tq, int64_t tk, int64_t scores) {
 #define CLOSE (1 << 13)
 #define NEAR (1 << 15)
 
-/* One head of keys and values of a tile, and its place in the lists. */
+/* One head of keys and values of a tile, for some of its queries. */
 typedef struct {
-    int64_t item, tile, kv;
+    int64_t item, tile, kv, cut;
 } Unit;
 
 INLINE Unit unit_at(const Task *task, int64_t number) {
-    int64_t tile = number / task->kv_heads;
-    return (Unit){tile / task->tiles, tile % task->tiles, number % task->kv_heads};
+    int64_t piece = number / task->kv_heads, tile = piece / task->cuts;
+    return (Unit){tile / task->tiles, tile % task->tiles, number % task->kv_heads, piece % task->cuts};
+}
+
+/* Where a cut begins: at a whole number of vectors. */
+INLINE int64_t cut_at(const Task *task, int64_t cut) {
+    return cut == task->cuts ? task->tq : task->tq * cut / task->cuts / LANES * LANES;
 }
 
 INLINE void fetch(const Rows *rows, int64_t item, int64_t head, const int64_t *tokens, int64_t from, int64_t to, int64_t width,
@@ -111,7 +117,8 @@ INLINE void look_ahead(const Task *task, Unit next, int64_t turn, int64_t turns)
     int64_t from = task->tk * turn / turns, to = task->tk * (turn + 1) / turns;
     fetch(&task->k, next.item, next.kv, keys, from, to, task->dim, task->narrow);
     fetch(&task->v, next.item, next.kv, keys, from, to, task->value, task->narrow);
-    from = task->tq * turn / turns, to = task->tq * (turn + 1) / turns;
+    int64_t begin = cut_at(task, next.cut), here = cut_at(task, next.cut + 1) - begin;
+    from = begin + here * turn / turns, to = begin + here * (turn + 1) / turns;
     fetch(&task->q, next.item, head, queries, from, to, task->dim * group, task->narrow);
     if (!task->grad.at) return;
     fetch(&task->out, next.item, head, queries, from, to, task->value * group, task->narrow);
@@ -133,7 +140,8 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
     float *columns = part(&scratch, dim * step), *values = part(&scratch, tk * wide), *space = part(&scratch, step);
     float *queries = part(&scratch, some * UP(dim)), *scores = part(&scratch, some * step), *result = part(&scratch, some * wide);
     vec base[some / LANES + 1], sums[some / LANES + 1];
-    int64_t turn = 0, turns = group * ((tq + LANES - 1) / LANES);
+    const int64_t begin = cut_at(task, unit.cut), end = cut_at(task, unit.cut + 1);
+    int64_t turn = 0, turns = group * ((end - begin + LANES - 1) / LANES);
     const int64_t *rows = task->queries + tile * tq;
     const float *hidden = NULL;
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
@@ -144,8 +152,8 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
         }
         if (head == kv * group || task->seen_head) hidden = hide(task, space, item, head, tile);
         const float *bias = task->bias ? task->bias + task->kinds[tile] * task->bias_kind + head * task->bias_head : NULL;
-        for (int64_t first = 0; first < tq; first += some) {
-            int64_t here = least(some, tq - first);
+        for (int64_t first = begin; first < end; first += some) {
+            int64_t here = least(some, end - first);
             gather(queries, &task->q, item, head, rows + first, here, dim, task->scale, task->narrow);
             multiply(here, step, dim, scores, step, queries, UP(dim), 1, columns, step, 0);
             for (int64_t i = 0; i < here; i += LANES) {
@@ -179,7 +187,7 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
 INLINE float *of_worker(const Task *task) { return task->scratch + omp_get_thread_num() * task->scratch_worker; }
 
 void regard_forward(const Task *task) {
-    int64_t units = task->batch * task->tiles * task->kv_heads;
+    int64_t units = task->batch * task->tiles * task->cuts * task->kv_heads;
 #pragma omp parallel for schedule(guided, 4) num_threads(task->workers)
     for (int64_t i = 0; i < units; i++) attend(task, of_worker(task), unit_at(task, i), unit_at(task, least(i + 1, units - 1)));
 }
@@ -201,7 +209,8 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
     float *grad = part(&scratch, some * wide), *out = part(&scratch, some * wide);
     float *weights = part(&scratch, some * step), *change = part(&scratch, some * step);
     const int64_t *rows = task->queries + tile * tq, *places = NULL;
-    int64_t turn = 0, turns = group * ((tq + LANES - 1) / LANES);
+    const int64_t begin = cut_at(task, unit.cut), end = cut_at(task, unit.cut + 1);
+    int64_t turn = 0, turns = group * ((end - begin + LANES - 1) / LANES);
     const float *hidden = NULL;
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
         if (head == kv * group || task->keys_head) {
@@ -214,8 +223,8 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
         int64_t kind = task->kinds ? task->kinds[tile] : 0;
         const float *bias = task->bias ? task->bias + kind * task->bias_kind + head * task->bias_head : NULL;
         float *sum = sums ? sums + (kind * task->heads + head) * tq * step : NULL;
-        for (int64_t first = 0; first < tq; first += some) {
-            int64_t here = least(some, tq - first);
+        for (int64_t first = begin; first < end; first += some) {
+            int64_t here = least(some, end - first);
             const int64_t *row = rows + first;
             gather(queries, &task->q, item, head, row, here, dim, task->scale, task->narrow);
             gather(grad, &task->grad, item, head, row, here, value, 1.0f, task->narrow);
@@ -248,7 +257,7 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
                 float *target = (float *)row_of(&task->dq, item, row[i], head, 0), *from = of_queries + i * deep;
                 move(target, from, dim, task->merge);
             }
-            int begun = first > 0 || (head > kv * group && !task->keys_head);
+            int begun = first > begin || (head > kv * group && !task->keys_head);
             multiply(tk, deep, here, of_keys, deep, change, 1, step, queries, deep, begun);
             multiply(tk, wide, here, of_values, wide, weights, 1, step, grad, wide, begun);
         }
@@ -264,21 +273,18 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
 
 /* Tiles that share keys are one unit for each of their heads, or a slice of it: what they add to is then their own. */
 void regard_backward(const Task *task) {
-    int64_t slices = task->apart ? task->tiles : task->slices, units = task->batch * task->kv_heads * slices;
+    int64_t pieces = task->tiles * task->cuts, slices = task->apart ? pieces : task->slices;
+    int64_t units = task->batch * task->kv_heads * slices;
 #pragma omp parallel for schedule(static) num_threads(task->workers)
     for (int64_t i = 0; i < units; i++) {
-        int64_t slice = i / task->kv_heads % slices;
-        int64_t from = task->tiles * slice / slices, to = task->tiles * (slice + 1) / slices;
+        int64_t slice = i / task->kv_heads % slices, kv = i % task->kv_heads, item = i / task->kv_heads / slices;
         float *scratch = of_worker(task), *sums = NULL;
         if (task->sums) sums = task->sums + (scratch - task->scratch) / task->scratch_worker * task->sums_worker;
-        Unit unit = {i / task->kv_heads / slices, from, i % task->kv_heads}, next = unit;
-        for (; unit.tile < to; unit = next) {
-            if (task->apart)
-                next = unit_at(task, least(i + 1, units - 1));
-            else
-                next.tile = least(unit.tile + 1, task->tiles - 1);
+        for (int64_t piece = pieces * slice / slices; piece < pieces * (slice + 1) / slices; piece++) {
+            int64_t after = least(piece + 1, pieces - 1);
+            Unit unit = {item, piece / task->cuts, kv, piece % task->cuts};
+            Unit next = task->apart ? unit_at(task, least(i + 1, units - 1)) : (Unit){item, after / task->cuts, kv, after % task->cuts};
             differentiate(task, scratch, sums, unit, next, task->apart ? 0 : slice);
-            if (unit.tile == to - 1) break;
         }
     }
 }

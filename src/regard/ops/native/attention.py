@@ -48,7 +48,7 @@ class _Task(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("ahead", "narrow", "narrow_out", "batch", "heads", "kv_heads", "dim", "value")),
         *((name, RowsOf) for name in ("q", "k", "v", "out", "lse")),
-        *((name, ctypes.c_int64) for name in ("tiles", "tq", "tk")),
+        *((name, ctypes.c_int64) for name in ("tiles", "tq", "tk", "cuts")),
         *((name, ctypes.c_void_p) for name in ("queries", "keys", "kinds")),
         *((name, ctypes.c_int64) for name in ("keys_batch", "keys_head")),
         ("seen", ctypes.c_void_p),
@@ -87,7 +87,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: T
         merge: whether ``out`` (then float32) and ``lse`` hold what other keys gave, to be merged with these.
     """
     task = _task(q, k, v, tiles, scale, out, lse, merge)
-    task.workers = _workers(task, task.batch * task.tiles * task.kv_heads)
+    units = task.batch * task.tiles * task.kv_heads
+    task.cuts = _cuts(task, -(-4 * torch.get_num_threads() // units))
+    task.workers = _workers(task, units * task.cuts)
     _run(task, "forward")
 
 
@@ -104,8 +106,9 @@ def differentiate(
     grads: tuple[Tensor, Tensor, Tensor],
     merge: bool,
     need_scores: bool,
+    written: bool,
 ) -> Tensor | None:
-    """Write (or, to ``merge``, add) the gradient of q; write those of k and v where tiles are ``apart``, else add them.
+    """Write (or, to ``merge``, add) the gradient of q; write those of k and v, or add them.
 
     Args:
         q, k, v, out, grad: as in :func:`attend`, all of one type.
@@ -115,6 +118,7 @@ def differentiate(
         grads: float32, of the shapes of q, k and v.
         merge: whether the gradient of q holds what other keys gave.
         need_scores: whether the gradients of the biased scores are wanted.
+        written: whether those of k and v are written, each tile on its own: for tiles that are ``apart``.
 
     Returns:
         Gradients of the biased scores, summed per class ``(classes, heads, tq, tk)``, or None.
@@ -122,10 +126,11 @@ def differentiate(
     task = _task(q, k, v, tiles, scale, out, lse, merge)
     dq, dk, dv = grads
     alone = task.batch * task.kv_heads
-    task.apart = tiles.apart
-    if not tiles.apart:
-        task.slices = _slices(alone, min(torch.get_num_threads(), task.tiles * alone), task.tiles)
-    task.workers = _workers(task, alone * (task.tiles if tiles.apart else task.slices))
+    task.apart = written
+    if not written:
+        task.slices = _slices(alone, torch.get_num_threads(), task.tiles * _cuts(task, task.tq))
+        task.cuts = _cuts(task, -(-task.slices // task.tiles))
+    task.workers = _workers(task, alone * (task.tiles if written else task.slices))
     task.grad = rows_of(grad)
     task.grad_lse = _lse_rows(grad_lse)
     if task.slices > 1:
@@ -152,7 +157,7 @@ def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Te
         q=rows_of(q), k=rows_of(k), v=rows_of(v), out=rows_of(out), lse=_lse_rows(lse),
         tiles=len(tiles.queries), tq=tiles.queries.shape[1], tk=tiles.keys.shape[3],
         queries=tiles.queries.data_ptr(), keys=tiles.keys.data_ptr(), kinds=tiles.kinds.data_ptr(),
-        scale=scale, merge=merge, slices=1, workers=1,
+        scale=scale, merge=merge, cuts=1, slices=1, workers=1,
     )  # fmt: skip
     task.keys_batch, task.keys_head = _steps(tiles.keys)
     if tiles.seen is not None:
@@ -189,13 +194,18 @@ def _workers(task: _Task, units: int) -> int:
     return 1 if products < SMALL else max(1, min(torch.get_num_threads(), units))
 
 
-def _slices(units: int, threads: int, tiles: int) -> int:
-    """Into how many slices the tiles are cut so that the units of work keep (almost) all threads busy."""
-    for slices in range(1, threads + 1):
-        rounds = -(-units * slices // threads)
-        if slices <= tiles and units * slices >= 0.9 * rounds * threads:
-            return slices
-    return 1
+def _cuts(task: _Task, wanted: int) -> int:
+    """Into how many pieces the queries of a tile can be cut, up to a number."""
+    return max(1, min(wanted, task.tq // lanes()))
+
+
+def _slices(units: int, threads: int, pieces: int) -> int:
+    """Into how many slices the pieces of tiles are divided so that the units of work keep (almost) all threads busy."""
+
+    def busy(slices: int) -> float:
+        return units * slices / (-(-units * slices // threads) * threads)
+
+    return max(range(1, min(threads, pieces) + 1), key=lambda slices: (min(busy(slices), 0.9), -slices))
 
 
 def _run(task: _Task, direction: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "attention.c", FOLDER / "linear.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
-KERNELS = ("forward", "backward", "scan", "scan_backward")
+KERNELS = ("forward", "backward", "scan", "scan_backward", "memory", "read")
 """Each with a function that says how many numbers of scratch memory a worker needs."""
 MACHINE = (("-march=native",), ("-mcpu=native",), ())
 """What makes a compiler use all that the processor has, by compiler and processor; the first that works is taken."""

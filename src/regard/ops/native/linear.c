@@ -1,10 +1,11 @@
-/* Causal linear attention of one head, chunk after chunk, forward and backward, with decays per token or without:
+/* Linear attention. In order, one head chunk after chunk, forward and backward, with decays per token or without:
 
        y_i = sum_{j <= i} exp(c_i - c_j) (f(q_i) . f(k_j)) v_j + exp(c_i) f(q_i)^T S
        S  <- exp(c_n) S + sum_j exp(c_n - c_j) f(k_j) v_j^T
 
    with c the sums of the logarithms of the decays from the beginning of a chunk. A head is one unit of work; its state lies in the
-   cache next to the core. Everything is computed in float32; rows are float32 or bfloat16. */
+   cache next to the core. Or over all keys, forward: the sum that the keys leave, and what queries read from it, in which slices
+   of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16. */
 
 #include "vectors.h"
 
@@ -21,6 +22,10 @@ typedef struct {
     Rows grad, dq, dk, dv;
     Rows ddecay; /* as decay, written; at may be NULL */
     float *grad_state; /* as state: of the state after the last token; the backward leaves that of the one before the first */
+    int64_t slices; /* over all keys: of the chunks of a head; each leaves a state and a total of its own, (slices, batch, heads, ...) */
+    float *total;   /* (batch, heads, dim): the sum of the features of keys; NULL: nothing is divided */
+    Rows factors;   /* one over the divisor max(f(q) . total, floor) + eps, 0 where that is 0; float32 */
+    double floor, eps;
     float *scratch;
     int64_t scratch_worker;
     int64_t workers;
@@ -352,4 +357,71 @@ void regard_scan_backward(const Scan *scan) {
     int64_t units = scan->batch * scan->heads;
 #pragma omp parallel for schedule(dynamic) num_threads(scan->workers)
     for (int64_t i = 0; i < units; i++) scan_head_backward(scan, memory_of(scan), i / scan->heads, i % scan->heads);
+}
+
+/* ---- over all keys ---- */
+
+int64_t regard_memory_scratch(const Scan *scan) { return chunk_scratch(scan) + scan->dim * UP(scan->value) + UP(scan->dim) + 64; }
+
+static void sum_keys(const Scan *scan, float *scratch, int64_t item, int64_t head, int64_t slice, int64_t unit) {
+    int64_t dim = scan->dim, deep = UP(dim), wide = UP(scan->value), size = scan->chunk;
+    int64_t chunks = (scan->tokens + size - 1) / size;
+    Chunk chunk = chunk_in(scan, &scratch);
+    float *state = part(&scratch, dim * wide), *total = part(&scratch, deep);
+    memset(state, 0, dim * wide * 4), memset(total, 0, deep * 4);
+    for (int64_t n = chunks * slice / scan->slices; n < chunks * (slice + 1) / scan->slices; n++) {
+        load(scan, &chunk, n * size, item, head, 0);
+        multiply(dim, wide, chunk.count, state, wide, chunk.keys, 1, deep, chunk.values, wide, 1);
+        for (int64_t i = 0; i < chunk.count; i++)
+            for (int64_t c = 0; c < deep; c += LANES) *(vec *)(total + c) += *(vec *)(chunk.keys + i * deep + c);
+    }
+    unpad_rows(scan->state + unit * dim * scan->value, state, dim, scan->value);
+    memcpy(scan->total + unit * dim, total, dim * 4);
+}
+
+void regard_memory(const Scan *scan) {
+    int64_t heads = scan->batch * scan->heads, units = scan->slices * heads;
+#pragma omp parallel for schedule(dynamic) num_threads(scan->workers)
+    for (int64_t i = 0; i < units; i++)
+        sum_keys(scan, memory_of(scan), i % heads / scan->heads, i % scan->heads, i / heads, i);
+}
+
+int64_t regard_read_scratch(const Scan *scan) {
+    int64_t deep = UP(scan->dim), wide = UP(scan->value);
+    return scan->chunk * (2 + 2 * deep + wide) + scan->dim * wide + deep + 6 * 16;
+}
+
+static void answer_queries(const Scan *scan, float *scratch, int64_t item, int64_t head, int64_t slice) {
+    int64_t dim = scan->dim, value = scan->value, deep = UP(dim), wide = UP(value), size = scan->chunk;
+    int64_t chunks = (scan->tokens + size - 1) / size;
+    int64_t *tokens = (int64_t *)part(&scratch, 2 * size);
+    float *raw = part(&scratch, size * deep), *queries = part(&scratch, size * deep), *result = part(&scratch, size * wide);
+    float *state = part(&scratch, dim * wide), *total = part(&scratch, deep);
+    pad_rows(state, head_of(scan, scan->state, item, head), dim, value);
+    if (scan->total) pad_rows(total, scan->total + (item * scan->heads + head) * dim, 1, dim);
+    for (int64_t n = chunks * slice / scan->slices; n < chunks * (slice + 1) / scan->slices; n++) {
+        int64_t start = n * size, count = least(size, scan->tokens - start);
+        for (int64_t i = 0; i < count; i++) tokens[i] = start + i;
+        gather(raw, &scan->q, item, head, tokens, count, dim, 1.0f, scan->narrow);
+        features(queries, raw, count, dim, scan->activation, NULL);
+        multiply(count, wide, dim, result, wide, queries, deep, 1, state, wide, 0);
+        for (int64_t i = 0; i < count; i++) {
+            float factor = 1;
+            if (scan->total) {
+                float mass = dot(queries + i * deep, total, deep), least_mass = scan->floor;
+                float divisor = (mass < least_mass ? least_mass : mass) + (float)scan->eps;
+                factor = divisor == 0 ? 0 : 1 / divisor;
+                *(float *)row_of(&scan->factors, item, start + i, head, 0) = factor;
+            }
+            void *out = (void *)row_of(&scan->out, item, start + i, head, scan->narrow_values);
+            store_row(out, result + i * wide, value, factor, scan->narrow_values);
+        }
+    }
+}
+
+void regard_read(const Scan *scan) {
+    int64_t heads = scan->batch * scan->heads, units = scan->slices * heads;
+#pragma omp parallel for schedule(dynamic) num_threads(scan->workers)
+    for (int64_t i = 0; i < units; i++)
+        answer_queries(scan, memory_of(scan), i % heads / scan->heads, i % scan->heads, i / heads);
 }

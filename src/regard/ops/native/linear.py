@@ -1,8 +1,9 @@
-"""Calls of the compiled causal linear attention, in the places of the functions of :mod:`regard.ops.linear_chunks`."""
+"""Calls of the compiled linear attention, in the places of the functions of :mod:`regard.ops.linear_chunks`."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -17,9 +18,16 @@ LONGEST = 128
 """Tokens of a chunk at most: its scores stay in the cache."""
 
 
-def busy(x: Tensor) -> bool:
-    """Whether the heads of ``(batch, tokens, heads, dim)`` keep the threads busy enough: each is done by one."""
-    return 3 * x.shape[0] * x.shape[2] >= torch.get_num_threads()
+def serves(name: str, x: Tensor) -> bool:
+    """Whether a function is compiled, and the heads of ``(batch, tokens, heads, dim)`` keep the threads busy enough.
+
+    In order, each head is done by one; over all keys the tokens are shared out too.
+    """
+    return name in ("memory", "read") or (name in ("scan", "scan_backward") and 3 * _heads(x) >= torch.get_num_threads())
+
+
+def _heads(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2]
 
 
 class _Scan(ctypes.Structure):
@@ -31,7 +39,12 @@ class _Scan(ctypes.Structure):
         ("valid_batch", ctypes.c_int64),
         ("state", ctypes.c_void_p),
         *((name, RowsOf) for name in ("grad", "dq", "dk", "dv", "ddecay")),
-        *((name, ctypes.c_void_p) for name in ("grad_state", "scratch")),
+        ("grad_state", ctypes.c_void_p),
+        ("slices", ctypes.c_int64),
+        ("total", ctypes.c_void_p),
+        ("factors", RowsOf),
+        *((name, ctypes.c_double) for name in ("floor", "eps")),
+        ("scratch", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("scratch_worker", "workers")),
     ]
 
@@ -83,6 +96,47 @@ def scan_backward(
     if changes is None or decay is None:
         return *grads, q.new_empty(0), grad_state  # type: ignore[return-value]  # three of them
     return *grads, (changes.sum((0, 1)) if decay.ndim == 1 else changes).to(decay.dtype), grad_state  # type: ignore[return-value]
+
+
+def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_memory`."""
+    k, v = _contiguous_rows(k), _contiguous_rows(v)
+    exist, slices = _exist(valid), _slices(k)
+    products = k.new_empty(slices, k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    total = k.new_empty(products.shape[:-1], dtype=torch.float32)
+    task = _task(k, k, v, None, exist, products, activation, LONGEST)
+    task.total = total.data_ptr()
+    _share(task, slices)
+    _run(task, "memory")
+    return products.sum(0), total.sum(0)
+
+
+def read(
+    q: Tensor, memory: Tensor, total: Tensor | None, floor: float | None, eps: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_read`."""
+    q, memory = _contiguous_rows(q), memory.contiguous()
+    out = q.new_empty(*q.shape[:-1], memory.shape[-1])
+    factors = q.new_empty(q.shape[:-1] if total is not None else (0,), dtype=torch.float32)
+    task = _task(q, q, out, None, None, memory, activation, LONGEST)
+    task.out = rows_of(out)
+    if total is not None:
+        total = total.contiguous()
+        task.total, task.factors = total.data_ptr(), rows_of(factors.unsqueeze(-1))
+        task.floor, task.eps = -math.inf if floor is None else floor, eps
+    _share(task, _slices(q))
+    _run(task, "read")
+    return out, factors
+
+
+def _slices(x: Tensor) -> int:
+    """Into how many slices the chunks of a head are cut: four units of work for each thread, if there are so many chunks."""
+    return max(1, min(-(-4 * torch.get_num_threads() // _heads(x)), -(-x.shape[1] // LONGEST)))
+
+
+def _share(task: _Scan, slices: int) -> None:
+    task.slices = slices
+    task.workers = max(1, min(torch.get_num_threads(), slices * task.batch * task.heads))
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

@@ -146,16 +146,16 @@ def differentiate_parts(
     shapes, kind = [t.shape for t in (q, k, v)], q.dtype
     q, k, v, grad, out = _flat(q, k, v, grad.to(kind), out)
     lse, grad_lse = lse.flatten(1, -2), None if grad_lse is None else grad_lse.flatten(1, -2)
-    apart = len(parts.sets) == 1 and all(tiles.apart for tiles in parts.sets[0])
+    units = q.shape[0] * k.shape[2] * sum(len(tiles.queries) for sets in parts.sets for tiles in sets)
+    apart = units >= torch.get_num_threads() and all(tiles.apart for sets in parts.sets for tiles in sets)
     dq = torch.empty(q.shape, dtype=torch.float32) if parts.sets else torch.zeros(q.shape, dtype=torch.float32)
     dk, dv = (torch.empty(t.shape, dtype=torch.float32) if apart else torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     grads = dq, dk, dv
     grad_table = torch.zeros_like(table.flatten(1), dtype=torch.float32) if need_table and table is not None else None
     for number, (sets, offsets) in enumerate(zip(parts.sets, parts.offsets, strict=True)):
         for tiles, index in zip(sets, offsets, strict=True):
-            sums = differentiate(
-                q, k, v, tiles, scale, out, lse, grad, grad_lse, grads, number > 0, grad_table is not None and index is not None
-            )  # fmt: skip
+            need = grad_table is not None and index is not None
+            sums = differentiate(q, k, v, tiles, scale, out, lse, grad, grad_lse, grads, number > 0, need, apart)
             if sums is not None and grad_table is not None and index is not None:
                 of_heads = sums.transpose(0, 1).flatten(1)
                 of_heads = of_heads.sum(0, keepdim=True) if len(grad_table) == 1 else of_heads
