@@ -65,7 +65,8 @@ static void weigh(float *scores, int64_t rows, int64_t count, const float *bias,
     *sums = sums_of(square);
 }
 
-/* What is added to the scores of a tile: -inf for keys that do not exist; NULL where all do and their number is even. */
+/* What is added to the scores of a tile: -inf for keys that do not exist; NULL where all do and fill
+   whole vectors (a bias hides what is beyond). */
 INLINE const float *hide(const Task *task, float *hidden, int64_t item, int64_t head, int64_t tile) {
     int64_t tk = task->tk;
     if (!task->seen && (task->bias || tk == UP(tk))) return NULL;
@@ -138,7 +139,8 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
     const int64_t tq = task->tq, tk = task->tk, step = UP(tk), dim = task->dim, value = task->value, wide = UP(value);
     const int64_t some = at_once(tq, tk, CLOSE), group = task->heads / task->kv_heads;
     float *columns = part(&scratch, dim * step), *values = part(&scratch, tk * wide), *space = part(&scratch, step);
-    float *queries = part(&scratch, some * UP(dim)), *scores = part(&scratch, some * step), *result = part(&scratch, some * wide);
+    float *queries = part(&scratch, some * UP(dim)), *scores = part(&scratch, some * step);
+    float *result = part(&scratch, some * wide);
     vec base[some / LANES + 1], sums[some / LANES + 1];
     const int64_t begin = cut_at(task, unit.cut), end = cut_at(task, unit.cut + 1);
     int64_t turn = 0, turns = group * ((end - begin + LANES - 1) / LANES);
@@ -283,7 +285,8 @@ void regard_backward(const Task *task) {
         for (int64_t piece = pieces * slice / slices; piece < pieces * (slice + 1) / slices; piece++) {
             int64_t after = least(piece + 1, pieces - 1);
             Unit unit = {item, piece / task->cuts, kv, piece % task->cuts};
-            Unit next = task->apart ? unit_at(task, least(i + 1, units - 1)) : (Unit){item, after / task->cuts, kv, after % task->cuts};
+            Unit next = {item, after / task->cuts, kv, after % task->cuts};
+            if (task->apart) next = unit_at(task, least(i + 1, units - 1));
             differentiate(task, scratch, sums, unit, next, task->apart ? 0 : slice);
         }
     }

@@ -3,9 +3,9 @@
        y_i = sum_{j <= i} exp(c_i - c_j) (f(q_i) . f(k_j)) v_j + exp(c_i) f(q_i)^T S
        S  <- exp(c_n) S + sum_j exp(c_n - c_j) f(k_j) v_j^T
 
-   with c the sums of the logarithms of the decays from the beginning of a chunk. A head is one unit of work; its state lies in the
-   cache next to the core. Or over all keys, forward: the sum that the keys leave, and what queries read from it, in which slices
-   of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16. */
+   with c the sums of the logarithms of the decays from the beginning of a chunk. A head is one unit of work; its state lies in
+   the cache next to the core. Or over all keys, forward: the sum that the keys leave, and what queries read from it, in which
+   slices of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16. */
 
 #include "vectors.h"
 
@@ -22,7 +22,7 @@ typedef struct {
     Rows grad, dq, dk, dv;
     Rows ddecay; /* as decay, written; at may be NULL */
     float *grad_state; /* as state: of the state after the last token; the backward leaves that of the one before the first */
-    int64_t slices; /* over all keys: of the chunks of a head; each leaves a state and a total of its own, (slices, batch, heads, ...) */
+    int64_t slices; /* over all keys: of the chunks; each leaves a state and a total of its own, (slices, batch, heads, ...) */
     float *total;   /* (batch, heads, dim): the sum of the features of keys; NULL: nothing is divided */
     Rows factors;   /* one over the divisor max(f(q) . total, floor) + eps, 0 where that is 0; float32 */
     double floor, eps;
@@ -67,7 +67,7 @@ INLINE void features(float *to, const float *raw, int64_t count, int64_t width, 
 
 INLINE void scale_rows(float *to, const float *from, const float *factors, int64_t count, int64_t step) {
     for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < step; c += LANES) *(vec *)(to + i * step + c) = *(const vec *)(from + i * step + c) * factors[i];
+        for (int64_t c = i * step; c < (i + 1) * step; c += LANES) *(vec *)(to + c) = *(const vec *)(from + c) * factors[i];
 }
 
 INLINE void scale(float *numbers, int64_t count, float factor) {
@@ -144,7 +144,8 @@ INLINE void load(const Scan *scan, Chunk *chunk, int64_t start, int64_t item, in
     chunk->through = chunk->enter[count - 1];
 }
 
-/* Times exp(c_i - c_j) where j <= i, times 0 elsewhere: `rows` rows from `first` on, (rows, step), of which `seen` lanes count. */
+/* Times exp(c_i - c_j) where j <= i, times 0 elsewhere: `rows` rows from `first` on, (rows, step), of which
+   `seen` lanes count. */
 INLINE void decay_scores(float *scores, const Scan *scan, const Chunk *chunk, int64_t first, int64_t rows, int64_t seen,
                          int64_t step) {
     ints lane;
@@ -255,7 +256,8 @@ int64_t regard_scan_backward_scratch(const Scan *scan) {
     int64_t size = scan->chunk, wide = UP(scan->value), deep = UP(scan->dim), step = UP(size);
     int64_t chunks = (scan->tokens + size - 1) / size;
     int64_t states = scan->value * deep * (chunks + 2) + scan->dim * wide;
-    return chunk_scratch(scan) + states + (scan->dim + scan->value) * step + size * (2 * step + 6 * deep + 2 * wide) + 2 * step + 320;
+    int64_t rows = size * (2 * step + 6 * deep + 2 * wide);
+    return chunk_scratch(scan) + states + rows + (scan->dim + scan->value + 2) * step + 320;
 }
 
 INLINE float dot(const float *a, const float *b, int64_t step) {
@@ -361,7 +363,9 @@ void regard_scan_backward(const Scan *scan) {
 
 /* ---- over all keys ---- */
 
-int64_t regard_memory_scratch(const Scan *scan) { return chunk_scratch(scan) + scan->dim * UP(scan->value) + UP(scan->dim) + 64; }
+int64_t regard_memory_scratch(const Scan *scan) {
+    return chunk_scratch(scan) + scan->dim * UP(scan->value) + UP(scan->dim) + 64;
+}
 
 static void sum_keys(const Scan *scan, float *scratch, int64_t item, int64_t head, int64_t slice, int64_t unit) {
     int64_t dim = scan->dim, deep = UP(dim), wide = UP(scan->value), size = scan->chunk;
