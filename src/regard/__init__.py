@@ -5,6 +5,7 @@ are built from it, and :mod:`regard.lens` shows what they look at.
 """
 
 from . import bench, lens
+from .caches import cache_info, clear_caches
 from .layers.mixers import create_mixer, list_mixers
 from .models import create_model, list_models, load_checkpoint
 from .ops import Source, attend, merge, patterns
@@ -17,6 +18,8 @@ __all__ = [
     "attend",
     "backends",
     "bench",
+    "cache_info",
+    "clear_caches",
     "create_mixer",
     "create_model",
     "lens",

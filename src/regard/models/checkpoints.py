@@ -14,7 +14,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..caches import cached
 from ..layers.positions import bias_parameters, resize_offset_table
 
 _FIELD = re.compile(r"\{(\d*)(\w+)(?:\+(\d+))?\}")
@@ -134,7 +134,7 @@ class Layout:
         return any(re.search(pattern, key) for pattern in self.ignore)
 
 
-@lru_cache(maxsize=1024)
+@cached(1024)
 def _compile(template: str) -> tuple[re.Pattern[str], dict[str, tuple[int, int]]]:
     """A template as a regular expression, and by how much each of its numbers is scaled and shifted."""
     numbers: dict[str, tuple[int, int]] = {}

@@ -11,7 +11,6 @@ Cost: 2 rows in out FLOPs; the backward the double of it.
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+
+from ..caches import cached
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 16
@@ -73,7 +74,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-@lru_cache(maxsize=1)
+@cached(1)
 def _wide_but_not_intel() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..caches import Cache
 from .footprint import Footprint
 from .patterns import Blocks, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, tensors_of
 
@@ -37,7 +38,7 @@ Bias = Tensor | TableBias
 KEPT_PAIRS, KEPT_MASKS = 1 << 22, 32
 """What static patterns show is kept for so many pairs of query and key at most, and so many calls: to find out takes longer
 than to attend."""
-_KEPT: dict[tuple, Tensor] = {}
+_KEPT: Cache[Tensor] = Cache("regard.ops.call.masks", KEPT_MASKS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +154,11 @@ class Call:
 
     def _kept_visible(self) -> Tensor:
         key = (self.pattern, self.q_grid, self.padded_grid, self.q_start, self.zeros, self.q.device)
-        visible = _KEPT.get(key)
-        if visible is None:
-            while len(_KEPT) >= KEPT_MASKS:
-                _KEPT.pop(next(iter(_KEPT)), None)
-            with torch.inference_mode(False):
-                visible = _KEPT[key] = self._visible()
-        return visible
+        return _KEPT.get(key, self._outside_inference)
+
+    def _outside_inference(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self._visible()
 
     def dense_bias(self, rows: Tensor | None = None) -> Tensor | None:
         """The bias, broadcastable to ``(batch, heads, queries, keys)``."""

@@ -18,16 +18,17 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..caches import cached
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan
+from .tracing import constant_in_graphs
 
 
 def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
@@ -145,7 +146,7 @@ def _plan(spec: str, grid: tuple[int, ...]) -> TilePlan:
     return plan
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def _windows(spec: str, grid: tuple[int, ...]) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
     """First key, number of keys and step of each query, per axis."""
     pattern = parse(spec)
@@ -157,7 +158,7 @@ def _windows(spec: str, grid: tuple[int, ...]) -> tuple[tuple[np.ndarray, np.nda
     return tuple(windows)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _taps(spec: str, grid: tuple[int, ...]) -> tuple[int, ...]:
     """Taps per axis: the longest window there."""
     return tuple(int(count.max()) for _, count, _ in _windows(spec, grid))
@@ -178,7 +179,7 @@ def _keys(spec: str, grid: tuple[int, ...], queries: np.ndarray) -> tuple[np.nda
     return np.stack(coordinates), flat, real
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _offsets(spec: str, grid: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Index into the flattened table of each tap of each token, ``(tokens * taps)``."""
     pattern, tokens = parse(spec), np.arange(math.prod(grid))
@@ -190,13 +191,13 @@ def _offsets(spec: str, grid: tuple[int, ...], sizes: tuple[int, ...], device: t
     return torch.from_numpy(index.reshape(-1)).to(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _constant_offsets(spec: str, grid: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """A graph under trace sees the index, not how it is made."""
     return _offsets(spec, grid, sizes, device)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _taps_of(spec: str, grid: tuple[int, ...], device: torch.device) -> tuple[Taps, ...]:
     plan = _plan(spec, grid)
     return tuple(

@@ -8,11 +8,12 @@ large tile is that of its operands.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..caches import cached
 
 SCORES = 1 << 26
 """Scores that matrix products hold at once."""
@@ -91,7 +92,7 @@ def narrow_products(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.device.type == "cpu" and _bfloat16_units()
 
 
-@lru_cache(maxsize=1)
+@cached(1)
 def _bfloat16_units() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

@@ -10,13 +10,13 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..caches import cached
 from .heads import repeat_heads
 from .tile_attention import CACHED_SCORES, multiplies, triangle
 from .tiling import TileGroup, TilePlan
@@ -185,7 +185,7 @@ def _steps(rows: Tensor) -> tuple[int, int, int] | None:
     return (first, across, along) if torch.equal(rows, line + first) else None
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def tables_of(plan: TilePlan, device: torch.device) -> tuple[tuple[GroupTables, ...], ...]:
     """The tables of each part of a plan."""
     return tuple(tuple(GroupTables(group, plan, device) for group in part) for part in plan.parts)
@@ -499,7 +499,7 @@ def _routed_chunk(queries: Tensor, keys: Tensor, seen: Tensor, item: int, proble
     return Chunk(Index(queries, item * problem.q.tokens), Index(keys, item * problem.k.tokens), mask, blind)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def block_tokens(grid: tuple[int, ...], block: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Flat tokens ``(blocks, block_tokens)`` of each block, and which of them lie in the grid (the others repeat one)."""
     tokens, real = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)

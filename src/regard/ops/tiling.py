@@ -14,10 +14,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 
+from ..caches import cached
 from .patterns import Causal, Dense, Separable, disjoint_parts, parse
 
 PAIR, ROW, TILE = 1.0, 15.0, 60.0
@@ -94,7 +95,7 @@ class TilePlan:
         return sum(len(group.queries) for part in self.parts for group in part)
 
 
-@lru_cache(maxsize=512)
+@cached(512)
 def tile_plan(
     spec: str,
     q_grid: tuple[int, ...],

@@ -17,14 +17,17 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # importing it takes seconds: it imports dynamo
+
+from ...caches import Cache, cached
 from ..call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
 
@@ -82,8 +85,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     return out, None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
 
 
-@lru_cache(maxsize=1)
+@cached(1)
 def _compiled():
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -246,14 +251,10 @@ def _block_mask(call: Call) -> BlockMask | None:
     if call.valid is not None or not call.pattern.static:
         return _made(call)
     key = (call.pattern.spec, call.q_grid, call.k_grid, call.q_start, call.zeros, call.q.device)
-    if key not in _CACHE:
-        if len(_CACHE) >= 128:
-            _CACHE.clear()
-        _CACHE[key] = _made(call)
-    return _CACHE[key]
+    return _BLOCK_MASKS.get(key, lambda: _made(call))
 
 
-_CACHE: dict[tuple, BlockMask] = {}
+_BLOCK_MASKS: Cache[BlockMask] = Cache("regard.ops.backends.flex.block_masks", 128)
 
 
 def _made(call: Call) -> BlockMask:
@@ -276,6 +277,8 @@ def _made(call: Call) -> BlockMask:
             return visible(b, h, q_idx, kv_idx) & valid[b * each, kv_idx]
     else:
         mask_mod = visible
+    from torch.nn.attention.flex_attention import BlockMask
+
     return BlockMask.from_kv_blocks(
         *_listed(seen & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(call.queries, call.keys),
         compute_q_blocks=call.device.type == "cuda",

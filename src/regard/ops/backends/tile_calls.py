@@ -11,12 +11,12 @@ import math
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..call import Call
 from ..patterns import Blocks, Ints
 from ..tiling import TilePlan, tile_plan
+from ..tracing import constant_in_graphs
 from .operators import differentiated
 
 
@@ -59,7 +59,7 @@ def _ints(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(operator.index(n) for n in sizes)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _plan_pairs(spec: str, q_grid, k_grid, q_start, zeros, table) -> int | None:
     """Pairs a plan computes, None where there is no plan. A graph under trace sees the number, not the planning."""
     plan = tile_plan(spec, q_grid, k_grid, q_start, zeros, table)
@@ -71,7 +71,7 @@ def is_triangle(call: Call) -> bool:
     return call.pattern.static and _is_triangle(*_plan_key(call))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _is_triangle(*key) -> bool:
     plan = tile_plan(*key)
     return plan is not None and plan.causal

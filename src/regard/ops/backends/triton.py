@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..patterns import Blocks, Separable, Tokens
+from ..tracing import constant_in_graphs
 from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 from .operators import complete, differentiated, lse_like
 
@@ -114,7 +115,7 @@ def _device_problem(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _no_classes(*key) -> str | None:
     """Why a pattern cannot be walked. A graph under trace sees the answer, not the tables."""
     made = classes_of(*key)

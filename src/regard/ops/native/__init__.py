@@ -1,12 +1,11 @@
 """What is compiled for the CPU at hand: attention inside tiles, and causal linear attention, in C."""
 
-import torch
-
+from ..tracing import constant_in_graphs
 from .library import why_not
 from .tiles import Parts, attend_parts, differentiate_parts, routed_parts, static_parts
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def missing() -> str | None:
     """Why there are no compiled kernels here, None where there are. A graph under trace sees the answer."""
     return why_not()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ...caches import cached
 from ..tiles import block_tokens, listed_once
 from ..tiling import TilePlan
 from .attention import TileSet, attend, differentiate, padded
@@ -44,7 +44,7 @@ def static_parts(plan: TilePlan, table: Tensor | None, valid: Tensor | None) -> 
     return Parts(sets, bare.offsets)
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def _bare_parts(plan: TilePlan) -> Parts:
     with torch.inference_mode(False):
         sets, offsets = [], []

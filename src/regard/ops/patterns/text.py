@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ast
-from functools import cache
+import itertools
+import threading
+from collections import OrderedDict
 
 import torch
 
+from ...caches import Cache
+from ..tracing import constant_in_graphs
 from .base import Pattern
 from .combined import PerHead
 from .static import Axis, Causal, Dense, Grid, Halo, Neighborhood, Window
 
 _CONSTRUCTORS = {c.__name__.lower(): c for c in (Dense, Causal, Window, Neighborhood, Halo, Grid, Axis, PerHead)}
+MOST = 1024
+"""Patterns that are kept after reading: texts may come from strangers."""
+_PARSED: Cache[Pattern] = Cache("regard.ops.patterns.text.parsed", MOST)
 
 
 def parse(text: str) -> Pattern:
@@ -19,32 +26,40 @@ def parse(text: str) -> Pattern:
 
     Raises ``ValueError`` that quotes the text and lists what exists.
     """
-    return getattr(_PARSED, _place(text))
+    if torch.compiler.is_compiling():
+        return getattr(_TRACED, _place(text))
+    return _PARSED.get(text, lambda: _read(text))
 
 
-class _Parsed:
-    """What was read, as attributes: a graph under trace can follow those, but not the reading itself."""
+class _Traced:
+    """Patterns of compiled graphs, as attributes: a graph under trace can follow those, but not the reading itself."""
 
 
-_PARSED = _Parsed()
+_TRACED = _Traced()
+_PLACES: OrderedDict[str, str] = OrderedDict()
+_NUMBERS = itertools.count()
+_LOCK = threading.Lock()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _place(text: str) -> str:
-    """The name of the attribute that holds the pattern of a text."""
-    return _read(text)
+    """The name of the attribute that holds the pattern of a text; a graph whose attribute is gone is traced again."""
+    pattern = _PARSED.get(text, lambda: _read(text))
+    with _LOCK:
+        if text not in _PLACES:
+            while len(_PLACES) >= MOST:
+                delattr(_TRACED, _PLACES.popitem(last=False)[1])
+            _PLACES[text] = f"pattern_{next(_NUMBERS)}"  # never the name of an earlier one, which a graph may still hold
+            setattr(_TRACED, _PLACES[text], pattern)
+        return _PLACES[text]
 
 
-@cache
-def _read(text: str) -> str:
+def _read(text: str) -> Pattern:
     try:
-        pattern = _build(ast.parse(text.strip(), mode="eval").body)
+        return _build(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"cannot read pattern {text!r}: {reason}") from None
-    name = f"pattern_{len(vars(_PARSED))}"
-    setattr(_PARSED, name, pattern)
-    return name
 
 
 def _build(node: ast.expr) -> Pattern:

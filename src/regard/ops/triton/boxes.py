@@ -18,12 +18,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...caches import cached
 from ..patterns import Causal, Separable, parse
 
 HEADER, FIELDS, RANK = 32, 9, 3
@@ -59,7 +60,7 @@ class Walk:
         return self.boxes * math.prod(self.tile) * math.prod(self.box)
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def on_device(walk: Walk, device: torch.device) -> Tensor:
     """The tables of a walk as an int32 tensor."""
     return torch.from_numpy(np.frombuffer(walk.tables, dtype=np.int32).copy()).to(device)
@@ -95,7 +96,7 @@ Table = tuple[str, tuple[int, ...]]
 """Text form of a bias table's pattern, and the table's sizes."""
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def classes_of(
     spec: str,
     q_grid: tuple[int, ...],
@@ -303,7 +304,7 @@ def _cheapest(
     return min(choices, key=cost)
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def window_walk(key: tuple, sizes: Sizes, by_key: bool, masked: bool) -> Walk:
     """The walk of a separable pattern.
 
@@ -343,7 +344,7 @@ def window_walk(key: tuple, sizes: Sizes, by_key: bool, masked: bool) -> Walk:
     return _packed((tile, box, warps), header, tables, windows, grids, (boxes, full))
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def block_walk(q_grid: tuple[int, ...], k_grid: tuple[int, ...], block: tuple[int, ...], sizes: Sizes, by_key: bool) -> Walk:
     """The walk of routed blocks: tiles are parts of a block, and boxes are parts of the blocks that a list names.
 

@@ -1,0 +1,17 @@
+"""What a graph under trace should see of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let ``torch.compile`` call the function while tracing and keep its result as a constant, instead of tracing inside.
+
+    The same mark as ``torch.compiler.assume_constant_result``, which imports all of dynamo to set it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that dynamo looks for
+    return function
