@@ -58,7 +58,7 @@ def test_flex_visits_exactly_the_blocks_that_hold_a_visible_pair(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", 8)  # many blocks on a small grid
         for call in calls_of(case):
-            flex._CACHE.clear()
+            flex._BLOCK_MASKS.clear()
             found = flex._block_mask(call)
             mask = call.mask()
             if found is None:
@@ -72,7 +72,7 @@ def test_flex_visits_exactly_the_blocks_that_hold_a_visible_pair(case):
             full = blocks.amin((3, 5)).sum(-1, dtype=torch.int32)
             assert found.full_kv_num_blocks.equal(full)  # those skip the mask function
             assert flex.computed_pairs(call) == int(blocks.amax((3, 5)).sum()) * 64 // math.prod(mask.shape[:2])
-    flex._CACHE.clear()
+    flex._BLOCK_MASKS.clear()
 
 
 @COMPILES
