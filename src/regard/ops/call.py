@@ -432,8 +432,6 @@ def _check_routed(call: Call) -> None:
             batch, *heads = tensor.shape[: -2 if isinstance(member, Blocks) else -1]
             if batch not in (1, call.batch) or heads not in ([], [1], [call.heads]):
                 raise ValueError(f"{member!r} does not broadcast to a batch of {call.batch} with {call.heads} heads")
-            if tensor.device != call.q.device:
-                raise ValueError(f"{member!r} must be on {call.q.device}, where the queries are; got {shown(tensor)}")
 
 
 def _check_table(call: Call) -> None:
@@ -450,7 +448,7 @@ def _check_table(call: Call) -> None:
 
 
 def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
-    padded = math.prod(n + before + after for n, (before, after) in zip(call.k_grid, zeros, strict=True))
+    padded = math.prod([n + before + after for n, (before, after) in zip(call.k_grid, zeros, strict=True)])
     each = call.batch * max(call.k.shape[-1], call.v.shape[-1]) * call.k.shape[-2]
     if padded > 64 * call.keys and padded * max(each, 1) > LARGEST // 4:
         raise ValueError(f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory should hold: {padded}")

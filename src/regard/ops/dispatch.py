@@ -8,9 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, shown
 from .backends import dense, flex, native, natten, reference, tile_calls, tiled, triton
 from .call import Call
+from .patterns import leaves, tensors_of
 
 BACKENDS: dict[str, ModuleType] = {
     m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, native, triton, flex, natten)
@@ -66,6 +67,10 @@ def others(call: Call, chosen: str) -> dict[str, str]:
 def run(call: Call, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Compute a call: the output ``(batch, *q_grid, heads, value_dim)`` and, if asked for, the lse."""
     chosen = BACKENDS[choose(call, backend).backend]
+    for member in () if call.pattern.static else leaves(call.pattern):
+        for tensor in tensors_of(member):
+            if tensor.device != call.q.device:
+                raise ValueError(f"{member!r} must be on {call.q.device}, where the queries are; got {shown(tensor)}")
     return _nothing(call) if call.batch == 0 else chosen.run(call)
 
 
