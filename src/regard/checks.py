@@ -2,16 +2,21 @@
 
 Each check returns the value, or raises one sentence that names the argument and quotes what was given and what is allowed:
 ``TypeError`` for another kind of thing, ``ValueError`` for one that is out of bounds. They read shapes and types, never the
-values of a tensor, and they hold while a graph is traced.
+values of a tensor, and they hold while a graph is traced. :func:`checked` reads what the arguments of a constructor may be from
+its annotations.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 import operator
-from collections.abc import Collection, Sequence
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +29,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SHOWN = 80
 """Letters of a value that an error quotes."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shown(value: object) -> str:
@@ -76,8 +82,8 @@ def check_integer(name: str, value: Any, low: int | None = 0, high: int = LARGES
         TypeError: no whole number.
         ValueError: out of bounds.
     """
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # stands for an int while a graph is traced
+    if isinstance(value, torch.SymInt) or (torch.compiler.is_compiling() and type(value) is int):
+        return value  # type: ignore[return-value]  # may stand for a size of any value: comparing would tie the graph to it
     if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name} must be a whole number; got {shown(value)}")
     number = operator.index(value)
@@ -150,3 +156,129 @@ def check_sizes(name: str, value: Any, rank: int | None = None, low: int = 1, hi
         wanted = "one number per axis" if rank is None else f"a number, or {rank} of them, one per axis"
         raise ValueError(f"{name} must be {wanted}; got {shown(value)}")
     return tuple(check_integer(f"{name}[{axis}]", entry, low, high) for axis, entry in enumerate(value))
+
+
+def check_grid(name: str, value: Any, low: int = 1, high: int = LARGEST) -> tuple[int, ...]:
+    """Check a sequence of whole numbers, one per axis, at least one; returns them as a tuple.
+
+    Raises:
+        TypeError: no sequence, or of something else.
+        ValueError: empty, or out of bounds.
+    """
+    if isinstance(value, (str, bytes, Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence of whole numbers, one per axis; got {shown(value)}")
+    if not len(value):
+        raise ValueError(f"{name} must have at least one axis; got {shown(value)}")
+    return tuple(check_integer(f"{name}[{axis}]", entry, low, high) for axis, entry in enumerate(value))
+
+
+def check_text(name: str, value: Any) -> str:
+    """Check that a value is text.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text; got {shown(value)}")
+    return value
+
+
+def check_device(name: str, value: Any) -> torch.device | None:
+    """Check that a value names a device: a ``torch.device``, its text form or number; None stays None.
+
+    Raises:
+        TypeError: no name of a device.
+        ValueError: a device that torch does not know.
+    """
+    if value is None or isinstance(value, torch.device):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"{name} must be a device, such as 'cpu' or 'cuda:0'; got {shown(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a device, such as 'cpu' or 'cuda:0'; got {shown(value)}") from error
+
+
+def check_dtype(name: str, value: Any, kinds: Sequence[torch.dtype] = FLOATS) -> torch.dtype | None:
+    """Check that a value is one of some dtypes; None stays None.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value is not None and (not isinstance(value, torch.dtype) or value not in kinds):
+        allowed = ", ".join(map(str, kinds))
+        raise TypeError(f"{name} must be {allowed}; got {shown(value)}")
+    return value
+
+
+def checked(**least: int) -> Callable[[Function], Function]:
+    """Check the arguments of a constructor by their annotations, before it runs.
+
+    ``int`` is a whole number of at least 1, or of the argument's default where that is 0 or less; ``float`` a finite number;
+    ``bool`` a flag; ``str`` text; ``Sequence[int]`` and ``tuple[int, ...]`` whole numbers, one per axis. What else an annotation
+    allows is left to the constructor. ``device`` and ``dtype`` are such, annotated or not.
+
+    Args:
+        **least: lower bounds of whole numbers that may be smaller, by the name of the argument.
+
+    Raises:
+        TypeError, ValueError: on calling the constructor, see :func:`check_integer` and its like.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+
+        @functools.lru_cache(maxsize=1)
+        def kinds() -> dict[str, tuple[set[Any], int]]:
+            """What each argument may be, and the lower bound of whole numbers; read at the first call."""
+            hints = typing.get_type_hints(function)
+            found = {}
+            for name, parameter in signature.parameters.items():
+                hint = hints.get(name, Any)
+                default = parameter.default if type(parameter.default) is int else 1
+                union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+                found[name] = set(typing.get_args(hint)) if union else {hint}, least.get(name, min(1, default))
+            return found
+
+        @functools.wraps(function)
+        def checking(*args: Any, **options: Any) -> Any:
+            try:
+                bound = signature.bind(*args, **options)
+            except TypeError:
+                return function(*args, **options)  # names the constructor in its own error
+            for name, value in bound.arguments.items():
+                parameter = signature.parameters[name]
+                if name in ("device", "dtype"):
+                    (check_device if name == "device" else check_dtype)(name, value)
+                elif parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                    bound.arguments[name] = _check_kind(name, value, *kinds()[name])
+            return function(*bound.args, **bound.kwargs)
+
+        return checking  # type: ignore[return-value]  # called like the function
+
+    return decorate
+
+
+def _check_kind(name: str, value: Any, allowed: set[Any], low: int) -> Any:
+    """The value, as one of the kinds that an annotation allows."""
+    if value is None and types.NoneType in allowed:
+        return None
+    kinds = allowed - {types.NoneType}
+    many = {kind for kind in kinds if typing.get_origin(kind) in (tuple, Sequence)}
+    if many and kinds - many <= {int} and all(set(typing.get_args(kind)) <= {int, ...} for kind in many):
+        (kind,) = many
+        rank = None if ... in typing.get_args(kind) or typing.get_origin(kind) is Sequence else len(typing.get_args(kind))
+        if int in kinds:
+            return check_sizes(name, value, rank, low)
+        sizes = check_grid(name, value, low)
+        if rank is not None and len(sizes) != rank:
+            raise ValueError(f"{name} must be {rank} numbers; got {shown(value)}")
+        return sizes
+    if kinds == {int}:
+        return check_integer(name, value, low)
+    if kinds in ({float}, {int, float}):
+        return check_number(name, value)
+    if kinds == {bool}:
+        return check_flag(name, value)
+    return check_text(name, value) if kinds == {str} else value

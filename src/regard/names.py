@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable
 from difflib import SequenceMatcher
+from typing import Any
 
 FEW = 40
 """Names that an error gives in full."""
@@ -42,3 +44,48 @@ def unknown_name(kind: str, name: str, known: Collection[str], listing: str) -> 
         families = sorted({each.partition("_")[0] for each in known})
         told = f"none is like it; names begin with {', '.join(families)}; {lists}"
     return ValueError(f"unknown {kind} {name!r}; {told}")
+
+
+def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Check that something has all the options that are given.
+
+    Args:
+        kind: what it is, such as a mixer.
+        name: of it.
+        given: names of options.
+        known: the options that it has.
+
+    Raises:
+        ValueError: the unknown ones, those that are near, and all there are.
+    """
+    unknown = [option for option in given if option not in known]
+    if not unknown:
+        return
+    near = [each for option in unknown for each in nearest(option, known, 2)] or [
+        each for option in unknown for each in known if set(option.split("_")) & set(each.split("_"))
+    ]
+    hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
+    has = ", ".join(known) or "none"
+    raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}{hint}; it has {has}")
+
+
+def options_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options that a function or class takes by name; of a class also those that it hands on to its bases.
+
+    A class may name in ``settled`` those that it gives its bases itself.
+    """
+    if not isinstance(constructor, type):
+        return {k: p for k, p in inspect.signature(constructor).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    found: dict[str, inspect.Parameter] = {}
+    settled: set[str] = set()
+    for each in constructor.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(vars(each)["__init__"]).parameters
+        for option, parameter in list(parameters.items())[1:]:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and option not in settled:
+                found.setdefault(option, parameter)
+        settled |= set(vars(each).get("settled", ()))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found

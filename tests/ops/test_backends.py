@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import regard
-from regard import attend
+from regard import attend, clear_caches
 from regard.ops import patterns as P
 from regard.ops import tile_attention, tiles
 from regard.ops.backends import dense, tiled
@@ -60,7 +59,7 @@ def test_what_a_static_pattern_shows_is_found_out_once_and_serves_inference_and_
     asked = []
     visible = P.Neighborhood.visible
     monkeypatch.setattr(P.Neighborhood, "visible", lambda self, *args: asked.append(self) or visible(self, *args))
-    regard.clear_caches()
+    clear_caches()
     q = torch.randn(1, 6, 7, 2, 4, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
         first = attend(q, q, q, P.Neighborhood(5), backend="dense")

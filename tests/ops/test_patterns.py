@@ -89,24 +89,24 @@ def test_the_table_of_a_neighborhood_has_no_more_than_occurs(kernel, border):
 
 
 @pytest.mark.parametrize(("make", "quotes"), [
-    (lambda: P.Window(0), ["size", "at least 1", "got 0"]),
-    (lambda: P.Window(7.5), ["size", "int", "7.5"]),
-    (lambda: P.Window((7, True)), ["size", "(7, True)"]),
-    (lambda: P.Window(7, pad="wrap"), ["'mask' or 'zero'", "'wrap'"]),
+    (lambda: P.Window(0), ["size", "at least 1", "got int 0"]),
+    (lambda: P.Window(7.5), ["size", "whole number", "float 7.5"]),
+    (lambda: P.Window((7, True)), ["size[1]", "whole number", "True"]),
+    (lambda: P.Window(7, pad="wrap"), ["mask, zero", "'wrap'"]),
     (lambda: P.Window(7, shift=-1), ["shift", "at least 0", "-1"]),
-    (lambda: P.Neighborhood(3, border="wrap"), ["'shift', 'mask' or 'zero'", "'wrap'"]),
+    (lambda: P.Neighborhood(3, border="wrap"), ["shift, mask, zero", "'wrap'"]),
     (lambda: P.Neighborhood(3, stride=4), ["stride 4", "kernel_size 3"]),
-    (lambda: P.Neighborhood(3, causal=1), ["causal", "bool", "1"]),
+    (lambda: P.Neighborhood(3, causal=1), ["causal", "True or False", "1"]),
     (lambda: P.Neighborhood(3, causal=True, border="zero"), ["border='zero'", "causal=True"]),
     (lambda: P.Neighborhood((3, 3), dilation=(1, 1, 1)).mask((4, 4)), ["different lengths", "(1, 1, 1)"]),
-    (lambda: P.Halo(4, 1, border="wrap"), ["'shift', 'mask' or 'zero'", "'wrap'"]),
+    (lambda: P.Halo(4, 1, border="wrap"), ["shift, mask, zero", "'wrap'"]),
     (lambda: P.Halo(4, 1, stride=3), ["stride must divide block", "stride=3", "block=4"]),
-    (lambda: P.Axis(True), ["axis must be an int", "True"]),
-    (lambda: P.Axis(0, causal=1), ["causal must be a bool", "1"]),
+    (lambda: P.Axis(True), ["axis must be a whole number", "True"]),
+    (lambda: P.Axis(0, causal=1), ["causal must be True or False", "1"]),
     (lambda: P.PerHead({P.Window(7): 0}), ["PerHead", "Window(7)", "0"]),
     (lambda: P.PerHead({"window(7)": 1}), ["PerHead", "'window(7)'"]),
-    (lambda: P.Blocks(torch.zeros(3, 2), 4), ["table must be integers", "torch.float32", "(3, 2)"]),
-    (lambda: P.Clusters(torch.zeros(3)), ["labels must be integers", "torch.float32", "(3,)"]),
+    (lambda: P.Blocks(torch.zeros(3, 2), 4), ["table must be int64", "float32", "(3, 2)"]),
+    (lambda: P.Clusters(torch.zeros(3)), ["labels must be int64", "float32", "(3,)"]),
     (lambda: P.Window((7, 7)).mask((4, 4, 4)), ["Window((7, 7))", "2 axes", "(4, 4, 4)"]),
     (lambda: P.Axis(2).mask((4, 4)), ["Axis(2)", "2 axes", "(4, 4)"]),
     (lambda: P.Dense().extent(0, None, 1), ["Dense()", "needs the grid"]),
@@ -124,7 +124,7 @@ def test_the_table_of_a_neighborhood_has_no_more_than_occurs(kernel, border):
     (lambda: P.as_pattern(7), ["pattern or its text form", "int 7"]),
 ])  # fmt: skip
 def test_errors_of_patterns_quote_what_was_given(make, quotes):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         make()
     for quote in quotes:
         assert quote in str(error.value)
@@ -142,16 +142,16 @@ LABELS = torch.zeros(3, 30, dtype=torch.long)
     (lambda: attend(tensor(5, 6, 8), tensor(5, 6, 8), tensor(5, 6, 8)), ["(batch, *grid, heads, head_dim)", "(5, 6, 8)"]),
     (lambda: attend(Q, Q), ["v is missing"]),
     (lambda: attend(Q, []), ["at least one source"]),
-    (lambda: attend(Q, [Q]), ["list of sources", "Tensor"]),
+    (lambda: attend(Q, [Q]), ["list of sources", "float32 tensor"]),
     (lambda: attend(Q, [Source(Q, Q)], Q), ["belong to the sources"]),
     (lambda: attend(Q, [Source(Q, Q)], pattern="window(3)"), ["belong to the sources"]),
-    (lambda: attend(Q, Q, Q, dropout=1.0), ["[0, 1)", "1.0"]),
+    (lambda: attend(Q, Q, Q, dropout=1.0), ["dropout", "below 1.0", "got float 1.0"]),
     (lambda: attend(Q, [Source(Q, Q, q=Q[:, :4])]), ["own q", "(2, 5, 6, 4, 8)", "(2, 4, 6, 4, 8)"]),
     (lambda: attend(Q, [Source(Q, Q, heads=(1, 1))]), ["distinct indices below 4", "(1, 1)"]),
     (lambda: attend(Q, [Source(Q, Q, heads=(4,))]), ["distinct indices below 4", "(4,)"]),
     (lambda: attend(Q, [Source(Q, Q, heads=())]), ["distinct indices below 4", "()"]),
     (lambda: attend(Q, Q, Q.double()), ["share a dtype", "torch.float64"]),
-    (lambda: attend(Q.int(), Q.int(), Q.int()), ["floating point", "torch.int32"]),
+    (lambda: attend(Q.int(), Q.int(), Q.int()), ["q must be float16", "int32 tensor"]),
     (lambda: attend(Q, Q, Q[:, :4]), ["agree but in dim", "k (2, 5, 6, 4, 8)", "v (2, 4, 6, 4, 8)"]),
     (lambda: attend(Q, Q[:1], Q[:1]), ["same batch size", "(1, 5, 6, 4, 8)"]),
     (lambda: attend(Q, Q[..., :4], Q), ["same head_dim", "(2, 5, 6, 4, 4)"]),
@@ -159,8 +159,8 @@ LABELS = torch.zeros(3, 30, dtype=torch.long)
     (lambda: attend(Q[:, :0], Q, Q), ["empty", "(2, 0, 6, 4, 8)"]),
     (lambda: attend(Q, Q, Q, bias=tensor(30, 29)), ["(2, 4, 30, 30)", "(30, 29)"]),
     (lambda: attend(Q, Q, Q, bias=3), ["a table and a pattern", "int"]),
-    (lambda: attend(Q, Q, Q, valid=tensor(2, 5, 6)), ["boolean (2, 5, 6)", "torch.float32"]),
-    (lambda: attend(Q, Q, Q, valid=tensor(2, 30, dtype=torch.bool)), ["boolean (2, 5, 6)", "(2, 30)"]),
+    (lambda: attend(Q, Q, Q, valid=tensor(2, 5, 6)), ["bool of shape (2, 5, 6)", "float32"]),
+    (lambda: attend(Q, Q, Q, valid=tensor(2, 30, dtype=torch.bool)), ["bool of shape (2, 5, 6)", "(2, 30)"]),
     (lambda: attend(Q, Q, Q, "perhead({window(3): 3})"), ["is for 3 heads", "q has 4"]),
     (lambda: attend(Q, tensor(2, 7, 4, 8), tensor(2, 7, 4, 8), "window(3)"), ["one rank", "(5, 6)", "(7,)"]),
     (lambda: attend(Q, Q, Q, "window(3)", q_start=(1, 2, 3)), ["one entry per grid axis", "(1, 2, 3)"]),
@@ -180,7 +180,7 @@ LABELS = torch.zeros(3, 30, dtype=torch.long)
     (lambda: attend_weights(Q, [Source(Q, Q)], reduce="max"), ["'heads'", "'rows'", "'max'"]),
 ])  # fmt: skip
 def test_errors_of_attention_quote_what_was_given(call, quotes):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         call()
     for quote in quotes:
         assert quote in str(error.value)

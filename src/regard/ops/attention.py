@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .call import Bias, Group, Source, break_up, join_dense, starts
+from ..checks import check_flag, shown
+from .call import Bias, Group, Source, break_up, check_sink, check_sources, join_dense, starts
 from .dispatch import run
 from .merging import merge
 from .observe import OBSERVERS, Record
@@ -46,7 +47,7 @@ def attend(
         bias: added to the scaled logits, see :class:`Source`. Always gets its gradient.
         valid: ``(batch, *grid)`` boolean, True where a key exists.
         scale: factor on the logits; None is ``head_dim ** -0.5``.
-        sink: logit of an extra key with value zero, a number or one per head.
+        sink: logit of an extra key with value zero, a number or one per head, ``(heads,)``.
         q_start: coordinates of the first query on the key grid (decoding, sharding).
         dropout: probability of dropping an attention weight; the caller passes 0 when not training.
         return_lse: also return the log-sum-exp of each row, ``(batch, *grid, heads)`` in float32 (float64 for float64); it
@@ -57,20 +58,24 @@ def attend(
         ``(batch, *grid, heads, value_dim)`` in the dtype of ``q``. A query that sees no key gives 0, and lse ``-inf``.
 
     Raises:
-        ValueError: shapes, dtypes, pattern and grids that do not go together, with what was given and what is allowed.
+        TypeError: another kind of thing than an argument may be.
+        ValueError: shapes, devices, pattern and grids that do not go together, with what was given and what is allowed.
     """
+    check_flag("return_lse", return_lse)
     if isinstance(k, Tensor):
         if v is None:
             raise ValueError("attend takes q, k, v and a pattern, or q and a list of sources; v is missing")
         sources: Sequence[Source] = (Source(k, v, pattern, bias=bias, valid=valid),)
     else:
+        if isinstance(k, (str, bytes)) or not isinstance(k, Sequence):
+            raise TypeError(f"k must be a tensor (batch, *grid, heads, head_dim), or a list of sources; got {shown(k)}")
         sources = tuple(k)
+        check_sources(sources)
         if v is not None or bias is not None or valid is not None or pattern != Dense():
             raise ValueError("with a list of sources, v, pattern, bias and valid belong to the sources")
-        if not all(isinstance(s, Source) for s in sources):
-            raise ValueError(f"expected a list of sources; got {[type(s).__name__ for s in sources]}")
     need_lse = return_lse or sink is not None or len(sources) > 1
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=dropout, need_lse=need_lse)
+    check_sink(q, sink)
     listeners = _notify(q, sources, broken, sink, starts(q, q_start)) if OBSERVERS else []
     broken = join_dense(broken, sources, return_lse or sink is not None)
     out, lse = _combine(q, broken, sink, return_lse or sink is not None or len(broken) > 1, backend)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
+from ..checks import check_choice, shown
 from .backends import dense, flex, native, natten, reference, tile_calls, tiled, triton
 from .call import Call
+from .patterns import leaves, tensors_of
 
 BACKENDS: dict[str, ModuleType] = {
     m.__name__.rpartition(".")[2]: m for m in (reference, dense, tiled, native, triton, flex, natten)
@@ -30,8 +33,7 @@ def choose(call: Call, backend: str = "auto") -> Choice:
         ValueError: an unknown backend, or a named one that cannot run this call.
     """
     if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        check_choice("backend", backend, ("auto", *BACKENDS))
         if (why := BACKENDS[backend].supports(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")
         return Choice(backend, "asked for")
@@ -64,4 +66,19 @@ def others(call: Call, chosen: str) -> dict[str, str]:
 
 def run(call: Call, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Compute a call: the output ``(batch, *q_grid, heads, value_dim)`` and, if asked for, the lse."""
-    return BACKENDS[choose(call, backend).backend].run(call)
+    chosen = BACKENDS[choose(call, backend).backend]
+    for member in () if call.pattern.static else leaves(call.pattern):
+        for tensor in tensors_of(member):
+            if tensor.device != call.q.device:
+                raise ValueError(f"{member!r} must be on {call.q.device}, where the queries are; got {shown(tensor)}")
+    return _nothing(call) if call.batch == 0 else chosen.run(call)
+
+
+def _nothing(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The result of a batch of none, which depends on all that it would be made of; no backend need know of it."""
+    table = None if call.table is None else call.table.table
+    tensors = [t for t in (call.q, call.k, call.v, call.bias, table) if t is not None]
+    link = sum(t.flatten()[:0].sum() for t in tensors)
+    out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1]) + link
+    kind = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    return out.to(call.q.dtype), out.sum(-1).to(kind) if call.need_lse else None

@@ -13,7 +13,7 @@ case. Routed patterns (:class:`Blocks`, :class:`Tokens`, :class:`Clusters`) hold
 
 from .base import AxisWindow, Ints, Pattern, Separable, grid_positions, per_axis
 from .combined import Intersection, Literal, Part, PerHead, Union, disjoint_parts
-from .routed import Blocks, Clusters, Tokens, tensors_of
+from .routed import Blocks, Clusters, Tokens, leaves, tensors_of
 from .static import Axis, Causal, Dense, Grid, Halo, Neighborhood, Window
 from .text import as_pattern, parse
 
@@ -40,6 +40,7 @@ __all__ = [
     "as_pattern",
     "disjoint_parts",
     "grid_positions",
+    "leaves",
     "parse",
     "per_axis",
     "tensors_of",

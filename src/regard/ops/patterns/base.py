@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import check_grid, check_sizes, shown
+
 Ints = int | tuple[int, ...]
 
 
@@ -29,15 +31,10 @@ def per_axis(value, axis: int):
     return value[axis] if isinstance(value, tuple) else value
 
 
-def normalise(name: str, value, kind: type[int], low: int | None = None):
-    """A scalar, or a tuple with one entry per axis, checked."""
-    entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    for entry in entries:
-        if (kind is bool) != isinstance(entry, bool) or not isinstance(entry, kind):
-            raise ValueError(f"{name} must be {kind.__name__} or a tuple of them, one per axis; got {value!r}")
-        if low is not None and entry < low:
-            raise ValueError(f"{name} must be at least {low}; got {value!r}")
-    return entries if isinstance(value, (tuple, list)) else value
+def settle_sizes(pattern: Pattern, **lowest: int) -> None:
+    """Check the whole numbers of a pattern, each one number or one per axis, from their lowest value on."""
+    for name, low in lowest.items():
+        object.__setattr__(pattern, name, check_sizes(name, getattr(pattern, name), low=low))
 
 
 class AxisWindow(NamedTuple):
@@ -102,7 +99,7 @@ class Pattern:
 
         Slow and large: the oracle of every test. Tokens are in row-major order. Zero keys outside the grid do not appear.
         """
-        q_grid, k_grid = tuple(q_grid), tuple(k_grid or q_grid)
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
         self.check(q_grid, k_grid)
         q_pos = grid_positions(q_grid, q_start, device)[:, None]
         k_pos = grid_positions(k_grid, None, device)[None, :]
@@ -112,7 +109,7 @@ class Pattern:
         self, q_grid: Sequence[int], k_grid: Sequence[int] | None = None, q_start: Sequence[int] | None = None
     ) -> Tensor:
         """Number of keys each query sees: ``(*q_grid)``, or ``(batch, heads, *q_grid)`` where they may differ."""
-        q_grid, k_grid = tuple(q_grid), tuple(k_grid or q_grid)
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
         self.check(q_grid, k_grid)
         k_pos = grid_positions(k_grid)[None]
         rows = max(1, (1 << 26) // len(k_pos[0]))  # the whole mask may be larger than the memory
@@ -134,15 +131,25 @@ class Pattern:
             raise ValueError(f"{self!r} sees arbitrarily far: a relative bias over it needs the grid")
         return length - 1
 
+    def place(self, q: int) -> int:
+        """The coordinate, on the key grid, of the key that the query at coordinate ``q`` of an axis stands on."""
+        return q
+
     def __or__(self, other: Pattern) -> Pattern:
         from .combined import Union
 
-        return Union((*_members(self, Union), *_members(other, Union)))
+        return Union((*_members(self, Union), *_members(_other("|", self, other), Union)))
 
     def __and__(self, other: Pattern) -> Pattern:
         from .combined import Intersection
 
-        return Intersection((*_members(self, Intersection), *_members(other, Intersection)))
+        return Intersection((*_members(self, Intersection), *_members(_other("&", self, other), Intersection)))
+
+    def __ror__(self, other: object) -> Pattern:
+        return _other("|", self, other)  # another pattern would have answered itself: this raises
+
+    def __rand__(self, other: object) -> Pattern:
+        return _other("&", self, other)
 
     def __repr__(self) -> str:
         shown = []
@@ -153,6 +160,23 @@ class Pattern:
             elif value != f.default:
                 shown.append(f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _other(sign: str, pattern: Pattern, other: object) -> Pattern:
+    if not isinstance(other, Pattern):
+        raise TypeError(f"{sign} joins patterns; got {pattern!r} and {shown(other)}")
+    return other
+
+
+def check_grids(q_grid, k_grid, q_start) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """The grids of queries and keys, by default the same, and where the queries start, as tuples."""
+    q_grid = check_grid("q_grid", q_grid)
+    k_grid = q_grid if k_grid is None else check_grid("k_grid", k_grid)
+    if q_start is not None:
+        q_start = check_grid("q_start", q_start, low=0)
+        if len(q_start) != len(q_grid):
+            raise ValueError(f"q_start must have one entry per axis of the query grid {q_grid}; got {q_start}")
+    return q_grid, k_grid, q_start
 
 
 def _members(pattern: Pattern, kind: type) -> tuple[Pattern, ...]:
@@ -216,9 +240,10 @@ class Separable(Pattern):
         return seen
 
     def degree(self, q_grid, k_grid=None, q_start=None):
-        k_grid, q_start = tuple(k_grid or q_grid), q_start or (0,) * len(q_grid)
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
+        q_start = q_start or (0,) * len(q_grid)
         self.check(q_grid, k_grid)
-        total = torch.ones(tuple(q_grid), dtype=torch.long)
+        total = torch.ones(q_grid, dtype=torch.long)
         for axis, (n, length) in enumerate(zip(q_grid, k_grid, strict=True)):
             q = np.arange(q_start[axis], q_start[axis] + n)
             start, count, step = self.axis_window(axis, q, length, len(k_grid))

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from .base import Pattern, Separable, along_axis, fold, positional
+from ...checks import check_integer, shown
+from .base import Pattern, Separable, along_axis, check_grids, fold, positional
 from .static import Causal
+
+DEEPEST = 64
+"""Combinations within combinations."""
+MOST_PARTS = 64
+"""Disjoint parts that a combination is cut into; they may double with every member, and a mask serves as well then."""
 
 
 class _Combined(Pattern):
     members: tuple[Pattern, ...]
     sign: ClassVar[str]
 
+    def __post_init__(self):
+        name = type(self).__name__
+        if isinstance(self.members, (str, Pattern)) or not isinstance(self.members, Iterable):
+            raise TypeError(f"{name} takes a tuple of patterns; got {shown(self.members)}")
+        members = tuple(self.members)
+        object.__setattr__(self, "members", members)
+        if not members:
+            raise ValueError(f"{name} needs at least one pattern; got none")
+        for member in members:
+            if not isinstance(member, Pattern):
+                raise TypeError(f"{name} takes patterns; got {shown(member)}")
+            if isinstance(member, PerHead):
+                raise ValueError(f"{name} joins what one head sees: put it inside PerHead, not around it; got {member!r}")
+        object.__setattr__(self, "depth", 1 + max(getattr(member, "depth", 0) for member in members))
+        if self.depth > DEEPEST:  # type: ignore[attr-defined]  # set above
+            raise ValueError(f"{name} holds combinations within combinations, more than {DEEPEST} deep")
+        self.rank()
+
     @property
     def static(self) -> bool:  # type: ignore[override]  # a combination is as static as its members
         return all(m.static for m in self.members)
 
     def rank(self):
-        return next((r for m in self.members if (r := m.rank()) is not None), None)
+        return _common_rank(self, self.members)
+
+    def place(self, q):
+        return max(m.place(q) for m in self.members)
 
     def check(self, q_grid, k_grid):
         for member in self.members:
@@ -30,11 +58,12 @@ class _Combined(Pattern):
             raise ValueError(f"zero keys cannot be combined with routed patterns: {self!r}")
 
     def degree(self, q_grid, k_grid=None, q_start=None):
-        k_grid, q_start = tuple(k_grid or q_grid), q_start or (0,) * len(q_grid)
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
         parts = disjoint_parts(self, len(k_grid))
         if parts is None:
             return super().degree(q_grid, k_grid, q_start)
         self.check(q_grid, k_grid)
+        q_start = q_start or (0,) * len(q_grid)
         total = torch.zeros(tuple(q_grid), dtype=torch.long)
         for part in parts:
             counts = torch.ones(tuple(q_grid), dtype=torch.long)
@@ -101,12 +130,21 @@ class PerHead(Pattern):
     groups: tuple[tuple[Pattern, int], ...] = positional()
 
     def __post_init__(self):
-        groups = self.groups.items() if isinstance(self.groups, dict) else self.groups
-        groups = tuple((p, n) for p, n in groups)
-        for pattern, heads in groups:
-            if not isinstance(pattern, Pattern) or isinstance(pattern, PerHead) or heads < 1:
-                raise ValueError(f"PerHead maps patterns to numbers of heads; got {pattern!r}: {heads!r}")
-        object.__setattr__(self, "groups", groups)
+        groups = tuple(self.groups.items()) if isinstance(self.groups, Mapping) else self.groups
+        if isinstance(groups, (str, Pattern)) or not isinstance(groups, Iterable):
+            raise TypeError(f"PerHead maps patterns to numbers of heads; got {shown(self.groups)}")
+        groups = tuple(groups)
+        if not groups:
+            raise ValueError("PerHead maps patterns to numbers of heads; got none")
+        settled = []
+        for group in groups:
+            if not isinstance(group, (tuple, list)) or len(group) != 2 or not isinstance(group[0], Pattern):
+                raise TypeError(f"PerHead maps patterns to numbers of heads; got {shown(group)}")
+            if isinstance(group[0], PerHead):
+                raise ValueError(f"PerHead maps patterns to numbers of heads, and holds no other PerHead; got {group[0]!r}")
+            settled.append((group[0], check_integer(f"PerHead's number of heads of {group[0]!r}", group[1], 1)))
+        object.__setattr__(self, "groups", tuple(settled))
+        self.rank()
 
     @property
     def static(self) -> bool:  # type: ignore[override]  # as static as its groups
@@ -117,7 +155,10 @@ class PerHead(Pattern):
         return sum(n for _, n in self.groups)
 
     def rank(self):
-        return next((r for p, _ in self.groups if (r := p.rank()) is not None), None)
+        return _common_rank(self, [pattern for pattern, _ in self.groups])
+
+    def place(self, q):
+        return max(p.place(q) for p, _ in self.groups)
 
     def check(self, q_grid, k_grid):
         for pattern, _ in self.groups:
@@ -152,6 +193,14 @@ class PerHead(Pattern):
         return "PerHead({" + ", ".join(f"{p!r}: {n}" for p, n in self.groups) + "})"
 
 
+def _common_rank(pattern: Pattern, members: Iterable[Pattern]) -> int | None:
+    """The grid rank that all members which have one are made for."""
+    ranks = {rank for member in members if (rank := member.rank()) is not None}
+    if len(ranks) > 1:
+        raise ValueError(f"{pattern!r} joins patterns for grids of {' and '.join(map(str, sorted(ranks)))} axes")
+    return ranks.pop() if ranks else None
+
+
 class Literal(NamedTuple):
     """A separable pattern that must hold on an axis (or must not)."""
 
@@ -164,7 +213,10 @@ Part = tuple[frozenset[Literal], ...]
 
 
 def disjoint_parts(pattern: Pattern, rank: int) -> list[Part] | None:
-    """Disjoint products whose union is ``pattern``, or None for patterns that are not built from separable ones."""
+    """Disjoint products whose union is ``pattern``.
+
+    None for patterns that are not built from separable ones, or fall into more than ``MOST_PARTS``.
+    """
     if isinstance(pattern, Causal) and rank > 1:
         return None
     if isinstance(pattern, Separable):
@@ -182,7 +234,11 @@ def disjoint_parts(pattern: Pattern, rank: int) -> list[Part] | None:
             fresh = list(parts)  # type: ignore[arg-type]
             for taken in result:
                 fresh = [piece for part in fresh for piece in _without(part, taken)]
+                if len(fresh) > MOST_PARTS:
+                    return None
             result = result + fresh
+        if len(result) > MOST_PARTS:
+            return None
     return result
 
 

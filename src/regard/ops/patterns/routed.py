@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .base import Ints, Pattern, grid_positions, normalise, per_axis, positional
+from ...checks import INTEGERS, check_sizes, check_tensor, shown
+from .base import Ints, Pattern, check_grids, grid_positions, per_axis, positional
 
 
 class _Routed(Pattern):
@@ -44,7 +45,8 @@ class Blocks(_Routed):
 
     ``table`` is ``(batch, query_blocks, listed)`` or ``(batch, heads, query_blocks, listed)`` of key block indices in
     row-major order of the block grid (``ceil(length / block)`` per axis; the last block of an axis may be partial). -1 lists
-    nothing; a block listed twice counts once; batch and heads may be 1. ``block`` is one size, or one per axis.
+    nothing, as does a table of no entries; a block listed twice counts once; batch and heads may be 1. ``block`` is one size,
+    or one per axis. Integers of any width are kept as int64.
 
     Source: Zhu et al., BiFormer, arXiv:2303.08810.
     """
@@ -54,12 +56,8 @@ class Blocks(_Routed):
     source: ClassVar[str] = "arXiv:2303.08810"
 
     def __post_init__(self):
-        if self.table.ndim not in (3, 4) or self.table.is_floating_point():
-            raise ValueError(
-                "table must be integers (batch, [heads,] query_blocks, listed); "
-                f"got {self.table.dtype} {tuple(self.table.shape)}"
-            )
-        object.__setattr__(self, "block", normalise("block", self.block, int, 1))
+        object.__setattr__(self, "table", _indices("table", self.table, (3, 4), "(batch, [heads,] query_blocks, listed)"))
+        object.__setattr__(self, "block", check_sizes("block", self.block))
 
     def rank(self):
         return len(self.block) if isinstance(self.block, tuple) else None
@@ -77,6 +75,7 @@ class Blocks(_Routed):
                 f"table lists {self.table.shape[-2]} query blocks, but grid {tuple(q_grid)} in blocks of "
                 f"{self.block} has {blocks}"
             )
+        _check_range(f"the table of {self!r}", self.table, "key blocks", math.prod(self.block_grid(k_grid)))
 
     def table4(self) -> Tensor:
         """The table as ``(batch, heads, query_blocks, listed)``."""
@@ -94,7 +93,7 @@ class Blocks(_Routed):
         return pairs.scatter(-1, table + 1, True)[..., 1:]  # column 0 took the entries that list nothing
 
     def degree(self, q_grid, k_grid=None, q_start=None):
-        k_grid = tuple(k_grid or q_grid)
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
         self.check(q_grid, k_grid)
         counts = (self.pairs(k_grid) * self._block_sizes(k_grid)).sum(-1)
         q_block = flat_block(grid_positions(q_grid, q_start, self.table.device), self.block, self.block_grid(q_grid))
@@ -136,6 +135,7 @@ class Tokens(Blocks):
         queries = math.prod(q_grid)
         if self.table.shape[-2] != queries:
             raise ValueError(f"table lists keys for {self.table.shape[-2]} queries; the grid {tuple(q_grid)} has {queries}")
+        _check_range(f"the table of {self!r}", self.table, "keys", math.prod(k_grid))
 
     def __repr__(self):
         return f"Tokens(table{tuple(self.table.shape)})"
@@ -164,9 +164,10 @@ class Clusters(_Routed):
     flat: ClassVar[bool] = True
 
     def __post_init__(self):
-        for labels in (self.labels, self.key_labels):
-            if labels is not None and (labels.ndim not in (2, 3) or labels.is_floating_point()):
-                raise ValueError(f"labels must be integers (batch, [heads,] tokens); got {labels.dtype} {tuple(labels.shape)}")
+        for name in ("labels", "key_labels"):
+            labels = getattr(self, name)
+            if name == "labels" or labels is not None:
+                object.__setattr__(self, name, _indices(name, labels, (2, 3), "(batch, [heads,] tokens)"))
 
     def rank(self):
         return None
@@ -187,6 +188,38 @@ class Clusters(_Routed):
 
     def __repr__(self):
         return f"Clusters(labels{tuple(self.labels.shape)})"
+
+
+def _indices(name: str, value: object, ranks: tuple[int, ...], shape: str) -> Tensor:
+    """A tensor of integers of one of some ranks, as int64."""
+    tensor = check_tensor(name, value, INTEGERS, what=shape)
+    if tensor.ndim not in ranks:
+        raise ValueError(f"{name} must be integers {shape}; got {shown(tensor)}")
+    return tensor if tensor.dtype == torch.int64 else tensor.long()
+
+
+def _check_range(name: str, table: Tensor, what: str, count: int) -> None:
+    """Check that the entries of a table are -1 or an index below ``count``, where they can be read without waiting.
+
+    They cannot while a graph is traced or under a transform, and meta tensors have none; on another device than the CPU the
+    program would have to wait for them. Backends for which a wrong entry is a wrong address look themselves.
+    """
+    plain = table.device.type == "cpu" and type(table) in (Tensor, torch.nn.Parameter)
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not table.numel():
+        return
+    low, high = map(int, table.aminmax())
+    if low < -1 or high >= count:
+        wrong = low if low < -1 else high
+        raise ValueError(f"{name} must list {what} from 0 to {count - 1}, or -1 for none; got {wrong}")
+
+
+def leaves(pattern: Pattern) -> Iterator[Pattern]:
+    """The patterns that a combination is made of, however deep; the pattern itself where it is none."""
+    members = getattr(pattern, "members", None) or [member for member, _ in getattr(pattern, "groups", ())]
+    if not members:
+        yield pattern
+    for member in members:
+        yield from leaves(member)
 
 
 def tensors_of(pattern: Pattern) -> Iterable[Tensor]:

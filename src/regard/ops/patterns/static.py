@@ -8,7 +8,23 @@ from typing import ClassVar
 
 import torch
 
-from .base import AxisWindow, Ints, Separable, grid_positions, inside, maximum, minimum, normalise, per_axis, positional, raster
+from ...checks import LARGEST, check_choice, check_flag, check_integer
+from .base import (
+    AxisWindow,
+    Ints,
+    Separable,
+    check_grids,
+    grid_positions,
+    inside,
+    maximum,
+    minimum,
+    per_axis,
+    positional,
+    raster,
+    settle_sizes,
+)
+
+BORDERS = ("shift", "mask", "zero")
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,12 +46,15 @@ class Dense(Separable):
         return inside(k_pos, k_grid).expand(shape)
 
     def degree(self, q_grid, k_grid=None, q_start=None):
-        return torch.full(tuple(q_grid), math.prod(k_grid or q_grid))
+        q_grid, k_grid, _ = check_grids(q_grid, k_grid, q_start)
+        return torch.full(q_grid, math.prod(k_grid))
 
 
 @dataclass(frozen=True, repr=False)
 class Causal(Separable):
-    """A query sees itself and what precedes it in row-major (raster) order.
+    """A query sees itself and what precedes it in row-major (raster) order of the key grid.
+
+    Where one of the grids is a sequence and the other is not, queries and keys are counted, each in their own raster order.
 
     Source: Vaswani et al., arXiv:1706.03762; raster order over images: Parmar et al., arXiv:1802.05751.
     """
@@ -49,12 +68,20 @@ class Causal(Separable):
         return AxisWindow(q * 0, minimum(q + 1, length), 1)
 
     def visible(self, q_pos, k_pos, q_grid, k_grid):
-        return (raster(k_pos, k_grid) <= raster(q_pos, k_grid)) & inside(k_pos, k_grid)
+        index = raster(q_pos, k_grid if len(q_grid) == len(k_grid) else q_grid)
+        return (raster(k_pos, k_grid) <= index) & inside(k_pos, k_grid)
+
+    def check(self, q_grid, k_grid):
+        if len(q_grid) != len(k_grid) and 1 not in (len(q_grid), len(k_grid)):
+            raise ValueError(
+                f"{self!r} needs grids of one rank, or one that is a sequence; got queries {tuple(q_grid)}, keys {tuple(k_grid)}"
+            )
 
     def degree(self, q_grid, k_grid=None, q_start=None):
-        k_grid = tuple(k_grid or q_grid)
-        seen = raster(grid_positions(q_grid, q_start), k_grid) + 1
-        return seen.clamp(max=math.prod(k_grid)).unflatten(0, tuple(q_grid))
+        q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
+        self.check(q_grid, k_grid)
+        seen = raster(grid_positions(q_grid, q_start), k_grid if len(q_grid) == len(k_grid) else q_grid) + 1
+        return seen.clamp(max=math.prod(k_grid)).unflatten(0, q_grid)
 
     def reach(self, axis, interval, grid):
         return (0, interval[1]) if axis == 0 else (0, grid[axis])
@@ -77,10 +104,9 @@ class Window(Separable):
     source: ClassVar[str] = "arXiv:2103.14030"
 
     def __post_init__(self):
-        object.__setattr__(self, "size", normalise("size", self.size, int, 1))
-        object.__setattr__(self, "shift", normalise("shift", self.shift, int, 0))
-        if self.pad not in ("mask", "zero"):
-            raise ValueError(f"pad must be 'mask' or 'zero'; got {self.pad!r}")
+        settle_sizes(self, size=1, shift=0)
+        check_choice("pad", self.pad, ("mask", "zero"))
+        self.rank()
 
     def axis_window(self, axis, q, length, rank):
         size, shift = per_axis(self.size, axis), per_axis(self.shift, axis) % per_axis(self.size, axis)
@@ -121,10 +147,13 @@ class Neighborhood(Separable):
     source: ClassVar[str] = "arXiv:2209.15001"
 
     def __post_init__(self):
-        for name, kind, low in (("kernel_size", int, 1), ("dilation", int, 1), ("stride", int, 1), ("causal", bool, None)):
-            object.__setattr__(self, name, normalise(name, getattr(self, name), kind, low))
-        if self.border not in ("shift", "mask", "zero"):
-            raise ValueError(f"border must be 'shift', 'mask' or 'zero'; got {self.border!r}")
+        settle_sizes(self, kernel_size=1, dilation=1, stride=1)
+        if isinstance(self.causal, (tuple, list)):
+            flags = tuple(check_flag(f"causal[{axis}]", flag) for axis, flag in enumerate(self.causal))
+            object.__setattr__(self, "causal", flags)
+        else:
+            check_flag("causal", self.causal)
+        check_choice("border", self.border, BORDERS)
         for axis in range(self.rank() or 1):
             kernel, stride = per_axis(self.kernel_size, axis), per_axis(self.stride, axis)
             if stride > kernel:
@@ -190,14 +219,24 @@ class Halo(Separable):
     source: ClassVar[str] = "arXiv:2103.12731"
 
     def __post_init__(self):
-        object.__setattr__(self, "block", normalise("block", self.block, int, 1))
-        object.__setattr__(self, "halo", normalise("halo", self.halo, int, 0))
-        object.__setattr__(self, "stride", normalise("stride", self.stride, int, 1))
+        settle_sizes(self, block=1, halo=0)
+        object.__setattr__(self, "stride", check_integer("stride", self.stride, 1))
+        self.rank()
         blocks = self.block if isinstance(self.block, tuple) else (self.block,)
         if any(block % self.stride for block in blocks):
             raise ValueError(f"stride must divide block; got stride={self.stride}, block={self.block!r}")
-        if self.border not in ("shift", "mask", "zero"):
-            raise ValueError(f"border must be 'shift', 'mask' or 'zero'; got {self.border!r}")
+        check_choice("border", self.border, BORDERS)
+
+    def check(self, q_grid, k_grid):
+        super().check(q_grid, k_grid)
+        if len(q_grid) == len(k_grid) and any(self.place(n - 1) >= m for n, m in zip(q_grid, k_grid, strict=True)):
+            raise ValueError(
+                f"{self!r} places the query at i on the key at i * {self.stride}: a query grid {tuple(q_grid)} leaves the key "
+                f"grid {tuple(k_grid)}"
+            )
+
+    def place(self, q):
+        return q * self.stride
 
     def axis_window(self, axis, q, length, rank):
         block, halo = per_axis(self.block, axis), per_axis(self.halo, axis)
@@ -238,7 +277,7 @@ class Grid(Separable):
     source: ClassVar[str] = "arXiv:2204.01697"
 
     def __post_init__(self):
-        object.__setattr__(self, "size", normalise("size", self.size, int, 1))
+        settle_sizes(self, size=1)
 
     def _spacing(self, axis: int, length: int) -> int:
         return -(-length // per_axis(self.size, axis))
@@ -269,10 +308,8 @@ class Axis(Separable):
     source: ClassVar[str] = "arXiv:1912.12180"
 
     def __post_init__(self):
-        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
-            raise ValueError(f"axis must be an int; got {self.axis!r}")
-        if not isinstance(self.causal, bool):
-            raise ValueError(f"causal must be a bool; got {self.causal!r}")
+        object.__setattr__(self, "axis", check_integer("axis", self.axis, -LARGEST))
+        check_flag("causal", self.causal)
 
     def check(self, q_grid, k_grid):
         if not -len(k_grid) <= self.axis < len(k_grid):

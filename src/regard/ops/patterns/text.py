@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import threading
 from collections import OrderedDict
@@ -10,12 +11,19 @@ from collections import OrderedDict
 import torch
 
 from ...caches import Cache
+from ...checks import SHOWN, check_text, shown
+from ...names import check_options, nearest
 from ..tracing import constant_in_graphs
 from .base import Pattern
 from .combined import PerHead
 from .static import Axis, Causal, Dense, Grid, Halo, Neighborhood, Window
 
 _CONSTRUCTORS = {c.__name__.lower(): c for c in (Dense, Causal, Window, Neighborhood, Halo, Grid, Axis, PerHead)}
+EXAMPLES = {
+    "window": "window(7)", "neighborhood": "neighborhood(7)", "halo": "halo(8, 3)", "grid": "grid(7)", "axis": "axis(0)",
+}  # fmt: skip
+LONGEST = 20_000
+"""Letters of a text."""
 MOST = 1024
 """Patterns that are kept after reading: texts may come from strangers."""
 _PARSED: Cache[Pattern] = Cache("regard.ops.patterns.text.parsed", MOST)
@@ -24,8 +32,9 @@ _PARSED: Cache[Pattern] = Cache("regard.ops.patterns.text.parsed", MOST)
 def parse(text: str) -> Pattern:
     """Read a static pattern from text such as ``"neighborhood(7, dilation=2) | axis(0)"``; names in any case.
 
-    Raises ``ValueError`` that quotes the text and lists what exists.
+    Raises ``TypeError`` where it is no text, ``ValueError`` that quotes the text and lists what exists.
     """
+    check_text("a pattern's text form", text)
     if torch.compiler.is_compiling():
         return getattr(_TRACED, _place(text))
     return _PARSED.get(text, lambda: _read(text))
@@ -55,11 +64,19 @@ def _place(text: str) -> str:
 
 
 def _read(text: str) -> Pattern:
+    if len(text) > LONGEST:
+        raise ValueError(f"cannot read a pattern of {len(text)} letters, at most {LONGEST}; got {shown(text)}")
     try:
         return _build(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"cannot read pattern {text!r}: {reason}") from None
+        raise ValueError(f"cannot read pattern {_quoted(text)}: {reason}") from None
+    except (RecursionError, MemoryError):  # both of Python's parser, and of what it made
+        raise ValueError(f"cannot read pattern {_quoted(text)}: it is nested too deep") from None
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= 4 * SHOWN else shown(text)
 
 
 def _build(node: ast.expr) -> Pattern:
@@ -71,20 +88,52 @@ def _build(node: ast.expr) -> Pattern:
         raise ValueError("expected patterns joined by | and &, such as 'window(7, shift=3) | axis(0)'")
     name = call.func.id.lower()
     if name not in _CONSTRUCTORS:
-        raise ValueError(f"unknown pattern {call.func.id!r}; static patterns are {', '.join(sorted(_CONSTRUCTORS))}")
+        near = nearest(name, _CONSTRUCTORS)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown pattern {call.func.id!r}{hint}; static patterns are {', '.join(sorted(_CONSTRUCTORS))}")
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+        raise ValueError(f"{name} takes its arguments one by one, without * and **")
     if name == "perhead":
-        if len(call.args) != 1 or not isinstance(call.args[0], ast.Dict):
+        if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Dict) or None in call.args[0].keys:
             raise ValueError("PerHead takes a dict from patterns to numbers of heads")
         groups = call.args[0]
-        return PerHead(tuple((_build(k), ast.literal_eval(v)) for k, v in zip(groups.keys, groups.values, strict=True) if k))
-    arguments = [ast.literal_eval(a) for a in call.args]
-    return _CONSTRUCTORS[name](*arguments, **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+        return PerHead(tuple((_build(k), _value(v)) for k, v in zip(groups.keys, groups.values, strict=True) if k))
+    return _make(_CONSTRUCTORS[name], name, call)
+
+
+def _make(constructor: type[Pattern], name: str, call: ast.Call) -> Pattern:
+    """A pattern from what stands between its parentheses."""
+    parameters = inspect.signature(constructor).parameters
+    if len(call.args) > len(parameters):
+        raise ValueError(f"{name} takes {', '.join(parameters) or 'no arguments'}; got {len(call.args)} values")
+    check_options("pattern", name, [str(k.arg) for k in call.keywords], parameters)
+    given: dict[str, object] = {}
+    for option, node in (*zip(parameters, call.args, strict=False), *((str(k.arg), k.value) for k in call.keywords)):
+        if option in given:
+            raise ValueError(f"{name} got {option} twice")
+        given[option] = _value(node)
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}, such as {EXAMPLES[name]!r}")
+    return constructor(**given)
+
+
+def _value(node: ast.expr) -> object:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"expected numbers, True, False, quoted words or tuples of them; got {ast.unparse(node)!r}") from None
 
 
 def as_pattern(value: Pattern | str) -> Pattern:
-    """A pattern, from itself or from its text form."""
+    """A pattern, from itself or from its text form.
+
+    Raises:
+        TypeError: neither of both.
+        ValueError: a text that cannot be read.
+    """
     if isinstance(value, Pattern):
         return value
     if isinstance(value, str):
         return parse(value)
-    raise ValueError(f"expected a pattern or its text form; got {type(value).__name__} {value!r}")
+    raise TypeError(f"expected a pattern or its text form; got {shown(value)}")
