@@ -103,7 +103,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or not low <= number <= high or (below is not None and number >= below):
+    if not -math.inf < number < math.inf or not low <= number <= high or (below is not None and number >= below):
         upper = f" and below {below}" if below is not None else f" and at most {high}" if high != math.inf else ""
         bounds = f" of at least {low}{upper}" if low != -math.inf else upper
         raise ValueError(f"{name} must be a finite number{bounds}; got {shown(value)}")
