@@ -31,9 +31,10 @@ def shown(value: object) -> str:
     if isinstance(value, Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device}"
         layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
-        return f"a{layout} {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}{where}"
+        kind = f"{layout} {str(value.dtype).removeprefix('torch.')}"
+        return f"a nested{kind} tensor{where}" if value.is_nested else f"a{kind} tensor {tuple(value.shape)}{where}"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:
         text = "an object without a repr"
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
@@ -80,7 +81,10 @@ def check_integer(name: str, value: Any, low: int | None = 0, high: int = LARGES
         return value  # type: ignore[return-value]  # stands for an int while a graph is traced
     if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name} must be a whole number; got {shown(value)}")
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # such as arrays of more than one number
+        raise TypeError(f"{name} must be a whole number; got {shown(value)}") from None
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}; got {shown(value)}")
     if number > high:
