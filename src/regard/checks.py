@@ -37,9 +37,10 @@ def shown(value: object) -> str:
     if isinstance(value, Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device}"
         layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
-        return f"a{layout} {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}{where}"
+        kind = f"{layout} {str(value.dtype).removeprefix('torch.')}"
+        return f"a nested{kind} tensor{where}" if value.is_nested else f"a{kind} tensor {tuple(value.shape)}{where}"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:
         text = "an object without a repr"
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
@@ -86,7 +87,10 @@ def check_integer(name: str, value: Any, low: int | None = 0, high: int = LARGES
         return value  # type: ignore[return-value]  # may stand for a size of any value: comparing would tie the graph to it
     if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{name} must be a whole number; got {shown(value)}")
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # such as arrays of more than one number
+        raise TypeError(f"{name} must be a whole number; got {shown(value)}") from None
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}; got {shown(value)}")
     if number > high:
@@ -109,7 +113,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or not low <= number <= high or (below is not None and number >= below):
+    if not -math.inf < number < math.inf or not low <= number <= high or (below is not None and number >= below):
         upper = f" and below {below}" if below is not None else f" and at most {high}" if high != math.inf else ""
         bounds = f" of at least {low}{upper}" if low != -math.inf else upper
         raise ValueError(f"{name} must be a finite number{bounds}; got {shown(value)}")

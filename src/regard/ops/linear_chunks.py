@@ -26,19 +26,26 @@ from .linear_spans import (
     Span,
     activated,
     blocks_over,
+    existing,
     heads_first,
     inactivated,
     inputs_of,
     matmul,
     matmul_added,
     product_dtype,
+    readable,
     room_for,
     rows_dot,
     rows_times,
     spans_over,
+    values_of,
     wide_dtype,
 )
 from .native import linear as native_linear
+
+STEEP = 2.0**24
+"""How many times the smallest normal number a divisor must be for a gradient: so much larger may the products with its
+reciprocal become, sums of gradients times values, before they overflow."""
 
 
 @torch.library.custom_op("regard::linear_scan", mutates_args=())
@@ -144,8 +151,8 @@ def scan_backward(grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor,
         states = []
         for span, decay_of in zip(spans, decays, strict=True):
             factors = decay_of()
-            keys = leaving(activated(span, k, activation, kind, valid)[0], factors)
-            added = matmul(keys.transpose(-2, -1), span.take(v, kind))
+            keys, _, missing = activated(span, k, activation, kind, valid)
+            added = matmul(leaving(keys, factors).transpose(-2, -1), values_of(span, v, missing, kind))
             states.append(run_states(running[span.items], added, factors, kind))
         for span, decay_of, before in zip(reversed(spans), reversed(decays), reversed(states), strict=True):
             x, y, factors = inputs_of(span, q, k, v, valid, activation, kind), span.take(grad, kind), decay_of()
@@ -163,7 +170,7 @@ def scan_backward(grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor,
             grad_q += entering(read, factors)
             grad_k += leaving(written, factors)
             span.put(grads[0], inactivated(grad_q, x.raw_q, None, activation))
-            span.put(grads[1], inactivated(grad_k, x.raw_k, x.valid, activation))
+            span.put(grads[1], inactivated(grad_k, x.raw_k, x.missing, activation))
     empty = q.new_empty(0)
     return *grads, empty if grad_decay is None else grad_decay.to(decay.dtype), grad_state  # type: ignore[union-attr]
 
@@ -238,23 +245,25 @@ def _scan_backward_flops(grad, grad_final, q, k, v, decay, state, valid, activat
 
 @dataclass(frozen=True)
 class _Block:
-    """Features of some tokens ``(items, rows, heads, dim)``, what they were made of, and the mask that was applied.
+    """Features of some tokens ``(items, rows, heads, dim)``, what they were made of, and which tokens are missing: 0.
 
     Features that are made here stay wide, so that sums of theirs are exact.
     """
 
     value: Tensor
     raw: Tensor
-    mask: Tensor | None
+    missing: Tensor | None
 
 
 def _block(x: Tensor, part: tuple[slice, slice], activation: str, room: Tensor | None, valid: Tensor | None = None) -> _Block:
-    raw = x[part]
+    raw = x[part] if valid is None else existing(x[part], valid[part])
     if activation != "none":
         raw = raw.to(wide_dtype(x))
     value = ACTIVATIONS[activation][0](raw, room)
-    mask = None if valid is None else valid[part][..., None, None].to(value.dtype)
-    return _Block(value if mask is None else value * mask, raw, mask)
+    if valid is None:
+        return _Block(value, raw, None)
+    missing = ~valid[part][..., None, None]
+    return _Block(value if activation == "none" else value.masked_fill(missing, 0.0), raw, missing)
 
 
 @torch.library.custom_op("regard::linear_memory", mutates_args=())
@@ -281,7 +290,7 @@ def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple
     room = room_for(k, activation)
     for part in blocks_over(k):
         keys = _block(k, part, activation, room, valid).value
-        products[part[0]] += _over_rows(keys, v[part], kind)
+        products[part[0]] += _over_rows(keys, v[part] if valid is None else existing(v[part], valid[part]), kind)
         total[part[0]] += keys.sum(1, dtype=wide)
     return products, total
 
@@ -316,7 +325,7 @@ def memory_backward(
         rows_times(keys.value, turned, grads[1][part])
         grad_k = rows_times(v[part], turned.transpose(-2, -1), torch.empty_like(keys.value, dtype=wide_dtype(k)))
         grad_k += grad_total[part[0]].unsqueeze(1)
-        grads[0][part] = inactivated(grad_k, keys.raw, keys.mask, activation)
+        grads[0][part] = inactivated(grad_k, keys.raw, keys.missing, activation)
     return grads
 
 
@@ -352,7 +361,7 @@ def linear_read(
         activation, kernel: as in :func:`linear_scan`.
 
     Returns:
-        The output ``(batch, tokens, heads, value_dim)``, 0 where the divisor is 0, and one over the divisor
+        The output ``(batch, tokens, heads, value_dim)``, 0 where the divisor counts as 0, and one over the divisor
         ``(batch, tokens, heads)`` (empty without a total), in the dtype of states.
     """
     return _run("read", kernel, q, memory, total, floor, eps, activation)
@@ -382,9 +391,26 @@ def _summed_over(queries: Tensor, total: Tensor) -> Tensor:
 
 
 def inverse(mass: Tensor, floor: float | None, eps: float) -> Tensor:
-    """One over the divisor, 0 where that is 0."""
+    """One over the divisor, 0 where that counts as 0: below the smallest normal number of its dtype."""
     divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
-    return divisor.masked_fill(divisor == 0, torch.inf).reciprocal()  # so that its gradient is 0 there too
+    return divisor.masked_fill(divisor.abs() < torch.finfo(mass.dtype).tiny, torch.inf).reciprocal()
+
+
+def divided(y: Tensor, mass: Tensor, floor: float | None, eps: float) -> Tensor:
+    """``y`` over the divisor, differentiable: as :func:`inverse`, and without a gradient where :func:`steady` has none."""
+    divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
+    limits = torch.finfo(mass.dtype)
+    size = divisor.detach().abs()
+    steep = size < STEEP * limits.tiny
+    if not readable(steep) or bool(steep.any()):
+        y, divisor = y.where(~steep, y.detach()), divisor.where(~steep, divisor.detach())
+        divisor = divisor.masked_fill(size < limits.tiny, torch.inf)
+    return y / divisor
+
+
+def steady(inverse: Tensor) -> Tensor:
+    """One over the divisor as the gradient takes it: 0 where what is multiplied with it may leave the range of its dtype."""
+    return inverse.masked_fill(inverse.abs() > 1 / (STEEP * torch.finfo(inverse.dtype).tiny), 0.0)
 
 
 @linear_read.register_fake
@@ -399,7 +425,7 @@ def linear_read_backward(
     activation: str, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, of the memory and of the total (empty without one)."""
-    return _run("read_backward", kernel, grad, q, memory, total, inverse, floor, eps, activation)
+    return _run("read_backward", kernel, grad, q, memory, total, steady(inverse), floor, eps, activation)
 
 
 def read_backward(

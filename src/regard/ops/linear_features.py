@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_integer, check_number, check_tensor
+
 
 class FeatureMap(Protocol):
     """What makes features of queries and of keys ``(batch, tokens, heads, dim)``, in the dtype it is given.
@@ -49,6 +51,10 @@ class RandomFeatures:
     eps: float = 1e-4
     streams = False
 
+    def __post_init__(self) -> None:
+        check_tensor("omega", self.omega, what="(features, dim) or (heads, features, dim)")
+        check_number("eps", self.eps)
+
     @staticmethod
     def draw(features: int, dim: int, generator: torch.Generator | None = None, *, heads: int | None = None) -> Tensor:
         """Directions that are orthogonal in blocks of ``dim``, with the lengths of normal vectors; on the CPU.
@@ -59,6 +65,10 @@ class RandomFeatures:
             generator: of random numbers.
             heads: draw as many sets; None draws one for all heads.
         """
+        check_integer("features", features, 1)
+        check_integer("dim", dim, 1)
+        if heads is not None:
+            check_integer("heads", heads, 1)
         shape = (1 if heads is None else heads, -(-features // dim), dim, dim)
         blocks, triangle = torch.linalg.qr(torch.randn(shape, generator=generator))
         blocks = blocks * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else half of all directions is missing
@@ -69,7 +79,8 @@ class RandomFeatures:
     def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) * x.shape[-1] ** -0.25
         omega = self.omega.to(wide)
-        if omega.shape[-1] != x.shape[-1] or omega.ndim not in (2, 3) or (omega.ndim == 3 and len(omega) != x.shape[-2]):
+        fits = omega.ndim in (2, 3) and omega.shape[-1] == x.shape[-1] and omega.shape[-2] > 0
+        if not fits or (omega.ndim == 3 and len(omega) != x.shape[-2]):
             raise ValueError(
                 f"omega must be (features, dim) or (heads, features, dim) for (..., heads, dim) = {tuple(x.shape[-2:])}; "
                 f"got {tuple(omega.shape)}"
@@ -92,6 +103,9 @@ class CosineFeatures:
 
     length: int
     streams = True
+
+    def __post_init__(self) -> None:
+        check_integer("length", self.length, 1)
 
     def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
         if start + x.shape[1] > self.length:

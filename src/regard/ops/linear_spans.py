@@ -150,16 +150,19 @@ def _calls_each(x: Tensor, small: Tensor) -> bool:
 
 
 def rows_dot(x: Tensor, vectors: Tensor) -> Tensor:
-    """Rows ``(items, rows, heads, n)`` times the vector ``(items, heads, n)`` of their item and head: ``(items, rows, heads)``.
+    """Rows ``(items, rows, heads, n)`` times the vector ``(items, heads, n)`` of their item and head."""
+    return (x * vectors.unsqueeze(1)).sum(-1)
 
-    For few heads one product with a block diagonal matrix: the rows stay where they are.
-    """
-    if x.shape[2] > 16:
-        return (
-            torch.bmm(heads_first(x, x.dtype), vectors.flatten(0, 1).unsqueeze(-1)).view(-1, *x.shape[2:0:-1]).transpose(1, 2)
-        )
-    matrix = torch.diag_embed(vectors.transpose(1, 2)).permute(0, 3, 2, 1).flatten(2)  # (items, heads, heads * n)
-    return torch.bmm(x.flatten(2), matrix.transpose(1, 2))
+
+def existing(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``(batch, tokens, heads, width)`` with 0 for the tokens that do not exist, whatever stands there."""
+    return x if valid is None else x.masked_fill(~valid[..., None, None], 0.0)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether numbers can be looked at without waiting for a device, and without a trace or a transform that forbids it."""
+    plain = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -190,23 +193,31 @@ class Inputs:
     v: Tensor
     raw_q: Tensor
     raw_k: Tensor
-    valid: Tensor | None
+    missing: Tensor | None
 
 
 def activated(span: Span, x: Tensor, activation: str, kind: torch.dtype, valid: Tensor | None = None):
-    """Features of a span, what they were made of, and the mask that was applied."""
+    """Features of a span, what they were made of, and which tokens are missing; those are 0 whatever stands there."""
     raw = span.take(x, kind)
-    value = raw if activation == "none" else ACTIVATIONS[activation][0](raw)
-    mask = None if valid is None else span.take(valid[..., None, None], kind)
-    return value if mask is None else value * mask, raw, mask
+    missing = None if valid is None else span.take(~valid[..., None, None], torch.bool)
+    if missing is None:
+        return raw if activation == "none" else ACTIVATIONS[activation][0](raw), raw, None
+    raw.masked_fill_(missing, 0.0)
+    return raw if activation == "none" else ACTIVATIONS[activation][0](raw).masked_fill(missing, 0.0), raw, missing
 
 
-def inactivated(grad: Tensor, raw: Tensor, mask: Tensor | None, activation: str) -> Tensor:
+def inactivated(grad: Tensor, raw: Tensor, missing: Tensor | None, activation: str) -> Tensor:
     """The gradient of what the features were made of."""
-    return ACTIVATIONS[activation][1](grad if mask is None else grad * mask, raw)
+    return ACTIVATIONS[activation][1](grad if missing is None else grad.masked_fill(missing, 0.0), raw)
 
 
 def inputs_of(span: Span, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, activation: str, kind: torch.dtype) -> Inputs:
     queries, raw_q, _ = activated(span, q, activation, kind)
-    keys, raw_k, mask = activated(span, k, activation, kind, valid)
-    return Inputs(queries, keys, span.take(v, kind), raw_q, raw_k, mask)
+    keys, raw_k, missing = activated(span, k, activation, kind, valid)
+    return Inputs(queries, keys, values_of(span, v, missing, kind), raw_q, raw_k, missing)
+
+
+def values_of(span: Span, v: Tensor, missing: Tensor | None, kind: torch.dtype) -> Tensor:
+    """Values of a span; those of missing tokens are 0."""
+    values = span.take(v, kind)
+    return values if missing is None else values.masked_fill_(missing, 0.0)

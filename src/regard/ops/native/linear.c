@@ -7,6 +7,8 @@
    the cache next to the core. Or over all keys, forward: the sum that the keys leave, and what queries read from it, in which
    slices of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16. */
 
+#include <float.h>
+
 #include "vectors.h"
 
 enum { NONE, RELU, ELU_PLUS_ONE, SILU };
@@ -24,7 +26,7 @@ typedef struct {
     float *grad_state; /* as state: of the state after the last token; the backward leaves that of the one before the first */
     int64_t slices; /* over all keys: of the chunks; each leaves a state and a total of its own, (slices, batch, heads, ...) */
     float *total;   /* (batch, heads, dim): the sum of the features of keys; NULL: nothing is divided */
-    Rows factors;   /* one over the divisor max(f(q) . total, floor) + eps, 0 where that is 0; float32 */
+    Rows factors;   /* one over the divisor max(f(q) . total, floor) + eps, 0 where that counts as 0; float32 */
     double floor, eps;
     float *scratch;
     int64_t scratch_worker;
@@ -126,6 +128,8 @@ INLINE void load(const Scan *scan, Chunk *chunk, int64_t start, int64_t item, in
     gather(chunk->raw_k, &scan->k, item, head, chunk->tokens, count, scan->dim, 1.0f, scan->narrow);
     features(chunk->keys, chunk->raw_k, count, scan->dim, kind, exist);
     gather(chunk->values, &scan->v, item, head, chunk->tokens, count, scan->value, 1.0f, scan->narrow_values);
+    for (int64_t i = 0; exist && i < count; i++)
+        if (!exist[i]) memset(chunk->values + i * UP(scan->value), 0, UP(scan->value) * 4);
     chunk->through = 1;
     if (!scan->decay.at) return;
     double sums[UP(count)], sum = 0;
@@ -414,7 +418,7 @@ static void answer_queries(const Scan *scan, float *scratch, int64_t item, int64
             if (scan->total) {
                 float mass = dot(queries + i * deep, total, deep), least_mass = scan->floor;
                 float divisor = (mass < least_mass ? least_mass : mass) + (float)scan->eps;
-                factor = divisor == 0 ? 0 : 1 / divisor;
+                factor = fabsf(divisor) < FLT_MIN ? 0 : 1 / divisor;
                 *(float *)row_of(&scan->factors, item, start + i, head, 0) = factor;
             }
             void *out = (void *)row_of(&scan->out, item, start + i, head, scan->narrow_values);

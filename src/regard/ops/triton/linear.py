@@ -33,6 +33,9 @@ R = TypeVar("R")
 TILE = 64
 """The most tokens, features and values of a tile."""
 
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+"""A smaller divisor counts as 0."""
+
 WARPS = {"num_warps": 8, "num_stages": 1}
 """With these no kernel spills registers on sm_90 up to widths of 128; unmeasured on a GPU."""
 
@@ -50,7 +53,7 @@ PARTS = 64
 def _activate(x, ACTIVATION: tl.constexpr):
     x = x.to(tl.float32)
     if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "elu_plus_one":
         x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
     elif ACTIVATION == "silu":
@@ -100,17 +103,23 @@ def _features(pair, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _present(pair, live):
+    """Only of tokens that are live: nothing is read of the others, whatever stands there."""
+    return pair[0], pair[1] & live[:, None]
+
+
+@triton.jit
 def _write(pair, value):
     tl.store(pair[0], value.to(pair[0].dtype.element_ty), mask=pair[1])
 
 
 @triton.jit
-def _weights(base, item, token, tokens, PRESENT: tl.constexpr):
-    """Whether tokens exist, and are valid where that is told, as numbers."""
+def _live(base, item, token, tokens, PRESENT: tl.constexpr):
+    """Whether tokens exist, and are valid where that is told."""
     live = token < tokens
     if PRESENT:
         live = live & (tl.load(base + item * tokens + token, mask=live, other=0) != 0)
-    return tl.where(live, 1.0, 0.0)
+    return live
 
 
 @triton.jit
@@ -154,14 +163,15 @@ def _added_kernel(
     first, second = tl.program_id(2) // tl.cdiv(E, BE) * BD, tl.program_id(2) % tl.cdiv(E, BE) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
-    factor = _weights(valid, item, token, tokens, VALID)
+    live = _live(valid, item, token, tokens, VALID)
+    left = _features(_present(_tile(x, item, head, token, first, tokens, heads, D, BD), live), ACTIVATION)
+    right = _read(_present(_tile(y, item, head, token, second, tokens, heads, E, BE), live))
     if DECAY:
         if ENTER:
-            factor = factor * _entering(decay, item, head, token, tokens, by_item, by_token, by_head)
+            left *= _entering(decay, item, head, token, tokens, by_item, by_token, by_head)[:, None]
         else:
-            factor = factor * _leaving(decay, item, head, token, chunk * BT + BT - 1, tokens, by_item, by_token, by_head)
-    left = _features(_tile(x, item, head, token, first, tokens, heads, D, BD), ACTIVATION) * factor[:, None]
-    right = _read(_tile(y, item, head, token, second, tokens, heads, E, BE))
+            last = chunk * BT + BT - 1
+            left *= _leaving(decay, item, head, token, last, tokens, by_item, by_token, by_head)[:, None]
     added = tl.dot(tl.trans(left).to(KIND), right.to(KIND), input_precision=PRECISION)
     _write(_matrix(out, row * chunks + chunk, first, second, D, E, BD, BE), added)
 
@@ -199,18 +209,18 @@ def _output_kernel(
     row, chunk, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
-    live = _weights(valid, item, token, tokens, VALID)
+    live = _live(valid, item, token, tokens, VALID)
     scores, y = tl.zeros((BT, BT), tl.float32), tl.zeros((BT, BE), tl.float32)
     for first in range(0, D, BD):
         queries = _features(_tile(q, item, head, token, first, tokens, heads, D, BD), ACTIVATION).to(KIND)
-        keys = (_features(_tile(k, item, head, token, first, tokens, heads, D, BD), ACTIVATION) * live[:, None]).to(KIND)
+        keys = _features(_present(_tile(k, item, head, token, first, tokens, heads, D, BD), live), ACTIVATION).to(KIND)
         before = _read(_matrix(states, row * chunks + chunk, first, second, D, E, BD, BE)).to(KIND)
         scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         y += tl.dot(queries, before, input_precision=PRECISION)
     if DECAY:
         y *= _entering(decay, item, head, token, tokens, by_item, by_token, by_head)[:, None]
     scores *= _between(decay, item, head, token, tokens, by_item, by_token, by_head, DECAY)
-    values = _read(_tile(v, item, head, token, second, tokens, heads, E, BE)).to(KIND)
+    values = _read(_present(_tile(v, item, head, token, second, tokens, heads, E, BE), live)).to(KIND)
     y += tl.dot(scores.to(KIND), values, input_precision=PRECISION)
     _write(_tile(out, item, head, token, second, tokens, heads, E, BE), y)
 
@@ -225,13 +235,13 @@ def _keys_kernel(
     row, chunk, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BD
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
-    live = _weights(valid, item, token, tokens, VALID)
+    live = _live(valid, item, token, tokens, VALID)
     scores = tl.zeros((BT, BT), tl.float32)
     read, written = tl.zeros((BT, BD), tl.float32), tl.zeros((BT, BD), tl.float32)
     carried = 0.0
     for second in range(0, E, BE):
         y = _read(_tile(grad, item, head, token, second, tokens, heads, E, BE)).to(KIND)
-        values = _read(_tile(v, item, head, token, second, tokens, heads, E, BE)).to(KIND)
+        values = _read(_present(_tile(v, item, head, token, second, tokens, heads, E, BE), live)).to(KIND)
         old = _read(_matrix(before, row * chunks + chunk, first, second, D, E, BD, BE))
         new = _read(_matrix(after, row * chunks + chunk, first, second, D, E, BD, BE))
         scores += tl.dot(y, tl.trans(values), input_precision=PRECISION)
@@ -241,10 +251,10 @@ def _keys_kernel(
             carried += tl.sum(old * new)
     scores = (scores * _between(decay, item, head, token, tokens, by_item, by_token, by_head, DECAY)).to(KIND)
     raw_q = _read(_tile(q, item, head, token, first, tokens, heads, D, BD))
-    raw_k = _read(_tile(k, item, head, token, first, tokens, heads, D, BD))
+    raw_k = _read(_present(_tile(k, item, head, token, first, tokens, heads, D, BD), live))
     inside = (first + tl.arange(0, BD) < D)[None, :]
     queries = tl.where(inside, _activate(raw_q, ACTIVATION), 0.0)
-    keys = tl.where(inside, _activate(raw_k, ACTIVATION), 0.0) * live[:, None]
+    keys = tl.where(inside & live[:, None], _activate(raw_k, ACTIVATION), 0.0)
     of_q = tl.dot(scores, keys.to(KIND), input_precision=PRECISION)
     of_k = tl.dot(tl.trans(scores), queries.to(KIND), input_precision=PRECISION)
     if DECAY:
@@ -259,7 +269,7 @@ def _keys_kernel(
             part = tl.program_id(2) * tl.num_programs(0) + row
             tl.store(grad_decay + part.to(tl.int64) * tokens + token, total, mask=token < tokens)
     of_q = (of_q + read) * _slope(raw_q, ACTIVATION)
-    of_k = (of_k + written) * _slope(raw_k, ACTIVATION) * live[:, None]
+    of_k = tl.where(live[:, None], (of_k + written) * _slope(raw_k, ACTIVATION), 0.0)
     _write(_tile(grad_q, item, head, token, first, tokens, heads, D, BD), of_q)
     _write(_tile(grad_k, item, head, token, first, tokens, heads, D, BD), of_k)
 
@@ -274,11 +284,11 @@ def _values_kernel(
     row, chunk, second = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BE
     item, head = (row // heads).to(tl.int64), row % heads
     token = chunk * BT + tl.arange(0, BT)
-    live = _weights(valid, item, token, tokens, VALID)
+    live = _live(valid, item, token, tokens, VALID)
     scores, of_v = tl.zeros((BT, BT), tl.float32), tl.zeros((BT, BE), tl.float32)
     for first in range(0, D, BD):
         queries = _features(_tile(q, item, head, token, first, tokens, heads, D, BD), ACTIVATION).to(KIND)
-        keys = (_features(_tile(k, item, head, token, first, tokens, heads, D, BD), ACTIVATION) * live[:, None]).to(KIND)
+        keys = _features(_present(_tile(k, item, head, token, first, tokens, heads, D, BD), live), ACTIVATION).to(KIND)
         new = _read(_matrix(after, row * chunks + chunk, first, second, D, E, BD, BE)).to(KIND)
         scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         of_v += tl.dot(keys, new, input_precision=PRECISION)
@@ -297,7 +307,10 @@ def _memory_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, ACTIVATION: tl.constexpr,
     KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of the tokens the sums of ``a f(x) y^T`` and of ``b f(x)``; a and b are numbers per token and head."""
+    """Of one part of the tokens the sums of ``a f(x) y^T`` and of ``b f(x)``; a and b are numbers per token and head.
+
+    A token whose a is 0 counts nothing, whatever stands there.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     first, second = tl.program_id(2) // tl.cdiv(E, BE) * BD, tl.program_id(2) % tl.cdiv(E, BE) * BE
     item, head = (row // heads).to(tl.int64), row % heads
@@ -308,8 +321,8 @@ def _memory_kernel(
         place = (item * tokens + token) * heads + head
         a = tl.load(of_product + place, mask=token < end, other=0.0)
         b = tl.load(of_sum + place, mask=token < end, other=0.0)
-        left = _features(_tile(x, item, head, token, first, tokens, heads, D, BD), ACTIVATION)
-        right = _read(_tile(y, item, head, token, second, tokens, heads, E, BE))
+        left = _features(_present(_tile(x, item, head, token, first, tokens, heads, D, BD), a != 0.0), ACTIVATION)
+        right = _read(_present(_tile(y, item, head, token, second, tokens, heads, E, BE), a != 0.0))
         product += tl.dot(tl.trans(left * a[:, None]).to(KIND), right.to(KIND), input_precision=PRECISION)
         total += tl.sum(left * b[:, None], 0)
     _write(_matrix(products, part * tl.num_programs(0) + row, first, second, D, E, BD, BE), product)
@@ -344,11 +357,13 @@ def _read_kernel(
         if FLOOR:
             divisor = tl.maximum(divisor, floor)
         divisor += eps
-        y *= tl.where(divisor == 0.0, 0.0, 1.0 / tl.where(divisor == 0.0, 1.0, divisor))[:, None]
+        gone = tl.abs(divisor) < SMALLEST
+        y *= tl.where(gone, 0.0, 1.0 / tl.where(gone, 1.0, divisor))[:, None]
         if second == 0:
             tl.store(mass + place, sums, mask=token < tokens)
     if WEIGH:
-        y *= tl.load(of_token + place, mask=token < tokens, other=0.0)[:, None]
+        weight = tl.load(of_token + place, mask=token < tokens, other=0.0)[:, None]
+        y = tl.where(weight == 0.0, 0.0, y * weight)
     _write(_tile(out, item, head, token, second, tokens, heads, E, BE), y)
 
 
@@ -358,7 +373,7 @@ def _turned_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, ACTIVATION: tl.constexpr,
     SUM: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x: ``(a y M^T + b z) f'(x)``; a and b are numbers per token and head."""
+    """The gradient of x: ``(a y M^T + b z) f'(x)``; a and b are numbers per token and head, and 0 where a is."""
     row, first = tl.program_id(0), tl.program_id(2) * BD
     item, head = (row // heads).to(tl.int64), row % heads
     token = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -368,12 +383,13 @@ def _turned_kernel(
         values = _read(_tile(y, item, head, token, second, tokens, heads, E, BE)).to(KIND)
         seen = _read(_matrix(memory, row, first, second, D, E, BD, BE)).to(KIND)
         found += tl.dot(values, tl.trans(seen), input_precision=PRECISION)
-    found *= tl.load(of_product + place, mask=token < tokens, other=0.0)[:, None]
+    a = tl.load(of_product + place, mask=token < tokens, other=0.0)
+    found = tl.where((a == 0.0)[:, None], 0.0, found * a[:, None])
     if SUM:
         channel = first + tl.arange(0, BD)
         z = tl.load(total + row.to(tl.int64) * D + channel, mask=channel < D, other=0.0)
         found += tl.load(of_sum + place, mask=token < tokens, other=0.0)[:, None] * z[None, :]
-    found *= _slope(_read(_tile(x, item, head, token, first, tokens, heads, D, BD)), ACTIVATION)
+    found *= _slope(_read(_present(_tile(x, item, head, token, first, tokens, heads, D, BD), a != 0.0)), ACTIVATION)
     _write(_tile(out, item, head, token, first, tokens, heads, D, BD), found)
 
 
