@@ -95,7 +95,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def shown_products(weights: Tensor, values: Tensor, shown: Tensor) -> Tensor:
-    """``weights (n, heads, a, b)`` times ``values (n, heads, b, width)`` over the pairs that are ``shown``, of the shape of weights.
+    """``weights (n, heads, a, b)`` times ``values (n, heads, b, width)`` over the pairs that are ``shown`` (of one shape).
 
     A pair that is not shown adds nothing, even where its value is not finite (0 times NaN is NaN). Such values are added one by
     one.

@@ -45,8 +45,9 @@ class AxisTiles:
 class TileGroup:
     """Tiles of one shape on the whole grid: flat indices ``queries (tiles, tq)`` and ``keys (tiles, tk)``.
 
-    ``mask (classes, tq, tk)``, of all pairs, is None where everything is visible; ``offsets (classes, tq, tk)`` index the flattened bias
-    table (None without one); ``row`` is how many consecutive tiles share a position on the leading axes.
+    ``mask (classes, tq, tk)``, of all pairs, is None where everything is visible; ``offsets (classes, tq, tk)``, of all pairs
+    too, index the flattened bias table (None without one); ``row`` is how many consecutive tiles share a position on the leading
+    axes.
     """
 
     queries: np.ndarray
@@ -314,7 +315,7 @@ def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _outer_pairs(operation, a: np.ndarray, a_tile, b: np.ndarray, b_tile) -> np.ndarray:
-    """Combine what two axes say of the pairs of their tiles; ``(classes, 1, 1)`` stands for the same at all pairs, here alone."""
+    """Combine what two axes say of the pairs of their tiles; ``(classes, 1, 1)`` stands for the same at all pairs."""
     if a.shape[1:] != (1, 1) or b.shape[1:] != (1, 1):
         a, b = np.broadcast_to(a, (len(a), *a_tile)), np.broadcast_to(b, (len(b), *b_tile))
     both = operation(a[:, None, :, None, :, None], b[None, :, None, :, None, :])

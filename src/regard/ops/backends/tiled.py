@@ -10,8 +10,8 @@ On CPU the tiles run on torch's fused CPU attention, elsewhere (and where a bias
 products. The same plan serves windows, neighborhoods, halos, grids, axes, their unions, and routed blocks.
 
 A key that a query does not see does not reach it, even where it is not finite. Keys that do not exist are gathered as zeros; a
-result of tiles with hidden pairs that is not finite is computed again over the visible pairs alone (on CPU: elsewhere to look at
-it would wait for the device).
+result that is not finite is computed again over the visible pairs alone (on CPU: elsewhere to look at it would wait for the
+device).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..patterns import Blocks, Tokens
 from ..pool import run_all
 from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
-from ..tiling import TileGroup, TilePlan
+from ..tiling import TileGroup
 from . import dense, reference
 from .operators import complete, lse_like
 from .tile_calls import (
@@ -45,7 +45,6 @@ from .tile_calls import (
     nothing_to_do,
     plan_from,
     plan_of,
-    static_plan,
 )
 from .tile_calls import supports as supports
 
@@ -122,15 +121,14 @@ def tiled_attention(
 
     with torch.autocast(q.device.type, enabled=False):
         found = attempt(False, narrow=not need_lse and narrow_products(q))
-        if _in_doubt(found[:1], plan=static_plan(q, k, table, *where)):
+        if _in_doubt(found[:1]):
             found = attempt(True)
         return found
 
 
-def _in_doubt(found: Sequence[Tensor], plan: TilePlan | None) -> bool:
-    """Whether what was found may hold what a query does not see: it is not finite, and pairs of the tiles are hidden."""
-    hides = plan is None or plan.causal or any(group.mask is not None for part in plan.parts for group in part)
-    return hides and any(t.device.type == "cpu" and not bool(t.sum(dtype=_summed(t)).isfinite()) for t in found)
+def _in_doubt(found: Sequence[Tensor]) -> bool:
+    """Whether what was found may hold what a query does not see: something of it is not finite."""
+    return any(t.device.type == "cpu" and not bool(t.sum(dtype=_summed(t)).isfinite()) for t in found)
 
 
 def _summed(tensor: Tensor) -> torch.dtype:
@@ -240,7 +238,7 @@ def tiled_attention_backward(
 
     with torch.autocast(q.device.type, enabled=False):
         problem, (dq, dk, dv), grad_table = attempt(False)
-        if _in_doubt((dq, dk, dv), static_plan(q, k, table, *where)):
+        if _in_doubt((dq, dk, dv)):
             problem, (dq, dk, dv), grad_table = attempt(True)
     dq, dk, dv = (problem.unfold(g, t.shape, t.dtype) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
     if grad_table is None or table is None:

@@ -1,6 +1,6 @@
 """Tensors as C is given them: no pointer is taken before the place, type, shape and steps of its tensor are found right.
 
-C trusts all of it. What fails here would have been read or written out of bounds, so it is an error of the caller, said in words.
+C trusts all of it: what fails here would have been read or written out of bounds.
 """
 
 from __future__ import annotations
@@ -55,6 +55,6 @@ def _check(name: str, tensor: Tensor, shape: Sequence[int], kinds: Sequence[torc
         types = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
         steps = "" if contiguous else f" of steps {tensor.stride()}"
         raise ValueError(
-            f"{name} of a compiled kernel must be {types} {tuple(shape)} on a CPU, without empty axes and with contiguous rows; "
+            f"{name} of a compiled kernel must be {types} {tuple(shape)} on a CPU, no axis empty, rows contiguous; "
             f"got {shown(tensor)}{steps}"
         )
