@@ -46,8 +46,8 @@ class TileGroup:
     """Tiles of one shape on the whole grid: flat indices ``queries (tiles, tq)`` and ``keys (tiles, tk)``.
 
     ``mask (classes, tq, tk)``, of all pairs, is None where everything is visible; ``offsets (classes, tq, tk)``, of all pairs
-    too, index the flattened bias table (None without one); ``row`` is how many consecutive tiles share a position on the leading
-    axes.
+    too, index the flattened bias table (None without one); ``row`` is how many consecutive tiles share a position on the
+    leading axes.
     """
 
     queries: np.ndarray
