@@ -208,7 +208,7 @@ def test_narrower_processors(flags, tmp_path, monkeypatch):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("these flags are for x86-64")
     path = tmp_path / "narrow.so"
-    command = [library._compiler(), *library.FLAGS, *flags, *map(str, library.SOURCES), "-o", str(path), "-lm"]
+    command = [*library._compiler(), *library.FLAGS, *flags, *map(str, library.SOURCES), "-o", str(path), "-lm"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("the compiler does not know these flags")
     narrow = library.opened(path)

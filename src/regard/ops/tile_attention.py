@@ -64,9 +64,16 @@ def _slices(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterator
 
 
 def attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, need_lse: bool = True
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, need_lse: bool = True, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)``, empty if not needed, any where a query sees nothing."""
+    """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)``, empty if not needed, any where a query sees nothing.
+
+    ``exact`` keeps what is not finite from those who do not see it, see :func:`shown_products`.
+    """
+    if exact:
+        parts = [_exact_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale) for i, j, part in _slices(q, k, mask, causal)]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
     if _fused(q) and not multiplies(q.device, q.shape[1] * q.shape[2] * k.shape[2], k.shape[2]):
         return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
     parts = [_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale, need_lse) for i, j, part in _slices(q, k, mask, causal)]
@@ -85,6 +92,37 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     weights = torch.softmax(scores, -1)
     lse = scores.amax(-1) - weights.amax(-1).log() if need_lse else q.new_empty(*tiles, 0)
     return torch.bmm(weights.flatten(0, 1), v).unflatten(0, tiles), lse
+
+
+def shown_products(weights: Tensor, values: Tensor, shown: Tensor) -> Tensor:
+    """``weights (n, heads, a, b)`` times ``values (n, heads, b, width)`` over the pairs that are ``shown`` (of one shape).
+
+    A pair that is not shown adds nothing, even where its value is not finite (0 times NaN is NaN). Such values are added one by
+    one.
+    """
+    odd = values.isfinite().all(-1).logical_not_()  # (n, heads, b)
+    total = torch.matmul(weights.masked_fill(~shown, 0.0), values.masked_fill(odd.unsqueeze(-1), 0.0))
+    for place in odd.flatten(0, 1).any(0).nonzero()[:, 0].tolist():
+        counts = shown[..., place] & odd[..., place, None]
+        product = weights[..., place, None] * values[..., place, None, :]
+        total += product.masked_fill(~counts.unsqueeze(-1), 0.0)
+    return total
+
+
+def _exact_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores ``(n, heads, tq, tk)``, -inf where a pair is hidden, and which pairs are shown."""
+    scores = torch.matmul(q, k.transpose(-2, -1)).mul_(scale)
+    if mask is None:
+        return scores, torch.ones_like(scores, dtype=torch.bool)
+    shown = (mask != -torch.inf).expand_as(scores)
+    return scores.add_(mask).masked_fill_(~shown, -torch.inf), shown
+
+
+def _exact_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores, shown = _exact_scores(q, k, mask, scale)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    return shown_products(weights, v, shown), lse
 
 
 def narrow_products(q: Tensor) -> bool:
@@ -109,26 +147,28 @@ def attend_narrow_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ca
 
 def attend_tiles_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
-    causal: bool, scale: float, need_scores: bool,
+    causal: bool, scale: float, need_scores: bool, exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and, where needed, of the biased scores.
 
-    ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part.
+    ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part. ``exact`` as in
+    :func:`attend_tiles`.
     """
-    if _fused(q) and grad_lse is None and not need_scores:
+    if not exact and _fused(q) and grad_lse is None and not need_scores:
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)
     delta = (grad * out).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
+    products = _exact_products_backward if exact else _products_backward
     slices = list(_slices(q, k, mask, causal))
     if len(slices) == 1:
-        *grads, change = _products_backward(grad, delta, q, k, v, lse, slices[0][2], scale)
+        *grads, change = products(grad, delta, q, k, v, lse, slices[0][2], scale)
         return (*grads, change if need_scores else None)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_scores = q.new_zeros(*q.shape[:3], k.shape[2]) if need_scores else None
     for i, j, part in slices:
-        grad_q[:, :, i], of_k, of_v, change = _products_backward(
+        grad_q[:, :, i], of_k, of_v, change = products(
             grad[:, :, i], delta[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], lse[:, :, i], part, scale
         )
         grad_k[:, :, j] += of_k
@@ -152,3 +192,16 @@ def _products_backward(
     grad_k = torch.bmm(change.transpose(1, 2), q).mul_(scale)
     grad_v = torch.bmm(weights.transpose(1, 2), grad)
     return grad_q.unflatten(0, tiles), grad_k.unflatten(0, tiles), grad_v.unflatten(0, tiles), change.unflatten(0, tiles)
+
+
+def _exact_products_backward(
+    grad: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_products_backward` over the pairs that are shown alone."""
+    scores, shown = _exact_scores(q, k, mask, scale)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill_(~shown, 0.0)
+    change = torch.matmul(grad, v.transpose(-2, -1)).sub_(delta.unsqueeze(-1)).mul_(weights).masked_fill_(~shown, 0.0)
+    turned = shown.transpose(-2, -1)
+    grad_q = shown_products(change, k, shown).mul_(scale)
+    grad_k = shown_products(change.transpose(-2, -1), q, turned).mul_(scale)
+    return grad_q, grad_k, shown_products(weights.transpose(-2, -1), grad, turned), change

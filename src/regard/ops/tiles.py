@@ -293,7 +293,8 @@ class Problem:
     Where routed ``blocks`` differ per head, the heads are folded into the batch (``folded`` of them per batch item, else 1), so
     that here ``blocks`` is always ``(batch or 1, query_blocks, listed)``. ``parallel`` chunks are for several threads at once;
     ``stored`` tells that the scores of a chunk will be, ``multiplied`` that those of small tiles may be, see
-    :func:`regard.ops.tile_attention.multiplies`, and ``need_lse`` whether the log-sum-exp is of use.
+    :func:`regard.ops.tile_attention.multiplies`, ``need_lse`` whether the log-sum-exp is of use, and ``exact`` that a number is
+    not finite, see :func:`regard.ops.tile_attention.shown_products`.
     """
 
     q: Rows
@@ -308,6 +309,7 @@ class Problem:
     stored: bool = False
     multiplied: bool = False
     need_lse: bool = True
+    exact: bool = False
 
     @property
     def heads(self) -> int:
@@ -362,10 +364,12 @@ def pose(
     parallel: bool = False,
     stored: bool = False,
     multiplied: bool = False,
+    exact: bool = False,
 ) -> Problem:
     """The problem of ``q``, ``k``, ``v`` ``(batch, *grid, heads, dim)``, in float32 (float64 for float64).
 
-    ``narrow`` leaves the rows as they are; biases, masks and the softmax are in float32 all the same.
+    ``narrow`` leaves the rows as they are; biases, masks and the softmax are in float32 all the same. Rows of keys that do not
+    exist are zero here: whatever they hold reaches nobody.
     """
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     kind = q.dtype if narrow else statistics
@@ -373,10 +377,11 @@ def pose(
     if blocks is not None:
         blocks = blocks.expand(q.shape[0], -1, -1, -1).flatten(0, 1) if folded > 1 else blocks[:, 0]
     if valid is not None:
+        k, v = (t.masked_fill(~valid[..., None, None], 0.0) for t in (k, v))
         valid = valid.expand(q.shape[0], *valid.shape[1:]).repeat_interleave(folded, 0)
     q_rows, k_rows, v_rows = (Rows(fold_heads(t, folded), kind, role) for t, role in zip((q, k, v), "qkv", strict=True))
     table = None if table is None else table.to(statistics)
-    return Problem(q_rows, k_rows, v_rows, scale, table, valid, blocks, folded, parallel, stored, multiplied)
+    return Problem(q_rows, k_rows, v_rows, scale, table, valid, blocks, folded, parallel, stored, multiplied, exact=exact)
 
 
 def static_chunks(problem: Problem, tables: tuple[GroupTables, ...]) -> Iterator[Chunk]:
@@ -444,7 +449,7 @@ def _static_chunk(
 def _with_valid(mask: Tensor | None, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Restrict a mask to valid keys ``(n, tk)``; also tells which queries are left with none."""
     hidden = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)[:, None, None]
-    mask = hidden if mask is None else mask + hidden
+    mask = hidden if mask is None else mask.masked_fill(~valid[:, None, None], -torch.inf)
     return mask, (mask == -torch.inf).all(-1).all(1)
 
 
@@ -455,7 +460,8 @@ def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int],
     q_tokens, q_real = block_tokens(tuple(q_grid), tuple(block), blocks.device)
     k_tokens, k_real = block_tokens(tuple(k_grid), tuple(block), blocks.device)
     batch, number, listed = blocks.shape
-    ordered = listed_once(blocks)
+    check_listed(blocks, len(q_tokens), len(k_tokens))
+    ordered = listed_once(blocks.long())
     tq, tk = q_tokens.shape[1], listed * k_tokens.shape[1]
     limit = problem.tiles_at_once(tq, tk)
     uneven = not bool(q_real.all())
@@ -472,6 +478,19 @@ def routed_chunks(problem: Problem, block: Sequence[int], q_grid: Sequence[int],
                 yield from _uneven(queries, q_real[first : first + limit], keys, seen, item, problem)
             else:
                 yield _routed_chunk(queries, keys, seen, item, problem, tq)
+
+
+def check_listed(blocks: Tensor, query_blocks: int, key_blocks: int) -> None:
+    """Check a table ``(..., query_blocks, listed)`` of numbers of key blocks, -1 for none: what it names is gathered.
+
+    Raises:
+        ValueError: another number of query blocks, or a key block that is not there.
+    """
+    if blocks.shape[-2] != query_blocks:
+        raise ValueError(f"the table lists {blocks.shape[-2]} query blocks; there are {query_blocks}")
+    least, most = (int(end) for end in blocks.aminmax())
+    if least < -1 or most >= key_blocks:
+        raise ValueError(f"the table lists key blocks from {least} to {most}; allowed are -1 (none) to {key_blocks - 1}")
 
 
 def listed_once(blocks: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ class AxisTiles:
 class TileGroup:
     """Tiles of one shape on the whole grid: flat indices ``queries (tiles, tq)`` and ``keys (tiles, tk)``.
 
-    ``mask (classes, tq, tk)`` is None where everything is visible; ``offsets (classes, tq, tk)`` index the flattened bias
-    table (None without one); ``row`` is how many consecutive tiles share a position on the leading axes.
+    ``mask (classes, tq, tk)``, of all pairs, is None where everything is visible; ``offsets (classes, tq, tk)``, of all pairs
+    too, index the flattened bias table (None without one); ``row`` is how many consecutive tiles share a position on the
+    leading axes.
     """
 
     queries: np.ndarray
@@ -299,10 +300,11 @@ def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGro
         queries = _outer(queries * q_grid[axis], t.queries)
         keys = _outer(keys * padded[axis], t.keys)
         kinds = (kinds[:, None] * len(t.mask) + t.kinds).reshape(-1)
+    pairs = (queries.shape[1], keys.shape[1])
     return TileGroup(
         queries, keys, kinds,
-        None if mask.all() else mask,
-        None if bias is None else offsets,
+        None if mask.all() else _of_pairs(mask, pairs),
+        None if bias is None else _of_pairs(offsets, pairs),
         len(tiles[-1].queries),
     )  # fmt: skip
 
@@ -318,6 +320,11 @@ def _outer_pairs(operation, a: np.ndarray, a_tile, b: np.ndarray, b_tile) -> np.
         a, b = np.broadcast_to(a, (len(a), *a_tile)), np.broadcast_to(b, (len(b), *b_tile))
     both = operation(a[:, None, :, None, :, None], b[None, :, None, :, None, :])
     return both.reshape(len(a) * len(b), a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
+
+
+def _of_pairs(what: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
+    """``(classes, tq, tk)``, also of what is the same at all pairs ``(classes, 1, 1)``."""
+    return what if what.shape[1:] == pairs else np.broadcast_to(what, (len(what), *pairs)).copy()
 
 
 def _cheapest(cuts: Sequence[AxisCuts]) -> tuple[int, ...]:

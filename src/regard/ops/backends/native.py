@@ -18,7 +18,16 @@ from ..native.tiles import TYPES
 from ..patterns import Dense, Tokens
 from . import tile_calls, tiled
 from .operators import complete
-from .tile_calls import arguments, computed_pairs, flops, flops_backward, static_plan
+from .tile_calls import (
+    arguments,
+    computed_pairs,
+    flops,
+    flops_backward,
+    nothing_changes,
+    nothing_seen,
+    nothing_to_do,
+    static_plan,
+)
 
 SMALLEST = 1e7
 """FLOPs from which dense attention is done here rather than by torch's operator: a call costs 0.05 ms more."""
@@ -83,6 +92,8 @@ def native_attention(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
+    if nothing_to_do(q, blocks):
+        return nothing_seen(q, v, need_lse)
     parts = _parts(q, k, table, valid, blocks, block, spec, bias_spec, q_start, zeros)
     return attend_parts(q, k, v, parts, scale, need_lse)
 
@@ -108,6 +119,8 @@ def native_attention_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
+    if nothing_to_do(q, blocks):
+        return nothing_changes(q, k, v, table, need_table)
     parts = _parts(q, k, table, valid, blocks, block, spec, bias_spec, q_start, zeros)
     dq, dk, dv, change = differentiate_parts(grad_out, grad_lse, q, k, v, table, out, lse, parts, scale, need_table)
     return dq, dk, dv, q.new_empty(0) if change is None else change

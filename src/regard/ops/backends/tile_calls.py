@@ -11,13 +11,14 @@ import math
 import operator
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..call import Call
 from ..patterns import Blocks, Ints
 from ..tiling import TilePlan, tile_plan
 from ..tracing import constant_in_graphs
-from .operators import differentiated
+from .operators import differentiated, lse_like
 
 
 def supports(call: Call) -> str | None:
@@ -97,6 +98,25 @@ def arguments(call: Call) -> tuple:
 
 def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
     return block if isinstance(block, tuple) else (block,) * len(grid)
+
+
+def nothing_to_do(q: Tensor, blocks: Tensor | None) -> bool:
+    """Whether the batch is empty, or the table of blocks lists nothing: no kernel need ever see a size of 0."""
+    return q.shape[0] == 0 or (blocks is not None and blocks.shape[-1] == 0)
+
+
+def nothing_seen(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """What an operator on tiles returns where nothing is seen: output 0, log-sum-exp -inf (empty if not needed)."""
+    lse = lse_like(q).fill_(-torch.inf)
+    return q.new_zeros((*q.shape[:-1], v.shape[-1])), lse if need_lse else lse.new_empty(0)
+
+
+def nothing_changes(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, need_table: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients that belong to :func:`nothing_seen`: zeros (of a bias table: empty if not needed)."""
+    grad_table = q.new_empty(0) if table is None or not need_table else table.new_zeros(table.shape)
+    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), grad_table
 
 
 def static_plan(q: Tensor, k: Tensor, table: Tensor | None, block, spec, bias_spec, q_start, zeros) -> TilePlan | None:

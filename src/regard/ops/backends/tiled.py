@@ -8,11 +8,15 @@ Cost: the pairs of the tile plan (about twice those of the pattern for small ker
 directions. The backward gathers again, recomputes with the saved log-sum-exp and adds the gradients of k and v back by row.
 On CPU the tiles run on torch's fused CPU attention, elsewhere (and where a bias or the lse needs a gradient) on matrix
 products. The same plan serves windows, neighborhoods, halos, grids, axes, their unions, and routed blocks.
+
+A key that a query does not see does not reach it, even where it is not finite. Keys that do not exist are gathered as zeros; a
+result that is not finite is computed again over the visible pairs alone (on CPU: elsewhere to look at it would wait for the
+device).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -31,7 +35,17 @@ from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chu
 from ..tiling import TileGroup
 from . import dense, reference
 from .operators import complete, lse_like
-from .tile_calls import arguments, computed_pairs, flops, flops_backward, plan_from, plan_of
+from .tile_calls import (
+    arguments,
+    computed_pairs,
+    flops,
+    flops_backward,
+    nothing_changes,
+    nothing_seen,
+    nothing_to_do,
+    plan_from,
+    plan_of,
+)
 from .tile_calls import supports as supports
 
 NARROW_KEYS = 384
@@ -84,21 +98,42 @@ def tiled_attention(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
+    if nothing_to_do(q, blocks):
+        return nothing_seen(q, v, need_lse)
     work = flops(
         *(None if t is None else t.shape for t in (q, k, v, table, valid, blocks)), block, spec, bias_spec, q_start, zeros
     )
     parallel = q.device.type == "cpu" and work >= SHARED_FLOPS
-    with torch.autocast(q.device.type, enabled=False):
-        if not need_lse and narrow_products(q):
-            problem = pose(q, k, v, table, valid, blocks, scale, narrow=True, parallel=parallel, multiplied=not parallel)
-            parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
-            if len(parts) == 1:
-                return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
-        problem = pose(q, k, v, table, valid, blocks, scale, parallel=parallel, multiplied=not parallel)
-        parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
+    where = (block, spec, bias_spec, q_start, zeros)
+
+    def attempt(exact: bool, narrow: bool = False) -> tuple[Tensor, Tensor]:
+        problem = pose(
+            q, k, v, table, valid, blocks, scale, narrow=narrow, parallel=parallel, multiplied=not parallel, exact=exact
+        )
+        parts = _parts(problem, q, k, *where)
+        if narrow and len(parts) == 1:
+            return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
+        if narrow:
+            return attempt(exact)
         problem.need_lse = need_lse or len(parts) > 1
         out, lse = _attend(problem, parts, q, v)
         return out, lse if need_lse else lse.new_empty(0)
+
+    with torch.autocast(q.device.type, enabled=False):
+        found = attempt(False, narrow=not need_lse and narrow_products(q))
+        if _in_doubt(found[:1]):
+            found = attempt(True)
+        return found
+
+
+def _in_doubt(found: Sequence[Tensor]) -> bool:
+    """Whether what was found may hold what a query does not see: something of it is not finite."""
+    return any(t.device.type == "cpu" and not bool(t.sum(dtype=_summed(t)).isfinite()) for t in found)
+
+
+def _summed(tensor: Tensor) -> torch.dtype:
+    """A type in which a sum of finite numbers hardly overflows."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _attend(problem: Problem, parts: list[Iterator[Chunk]], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +195,7 @@ def _forward(problem: Problem, chunks: Iterator[Chunk], others: tuple[Tensor, Te
 def _attend_chunk(problem: Problem, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Rows of output ``(n * tq, heads * value_dim)`` and log-sum-exp of the queries of a chunk."""
     q, k, v = (t.gather(i, problem.heads, problem.width) for t, i in zip(*_operands(problem, chunk), strict=True))
-    out, lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale, problem.need_lse)
+    out, lse = attend_tiles(q, k, v, chunk.mask, chunk.causal, problem.scale, problem.need_lse, problem.exact)
     if chunk.blind is not None:
         out = out.masked_fill(chunk.blind[:, None, :, None], 0.0)
     rows = to_rows(out, problem.heads, problem.v.dim)
@@ -192,10 +227,19 @@ def tiled_attention_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
-    problem = pose(q, k, v, table, valid, blocks, scale, stored=grad_lse is not None or need_table)
-    parts = _parts(problem, q, k, block, spec, bias_spec, q_start, zeros)
+    if nothing_to_do(q, blocks):
+        return nothing_changes(q, k, v, table, need_table)
+    where = (block, spec, bias_spec, q_start, zeros)
+
+    def attempt(exact: bool) -> tuple[Problem, list[Tensor], Tensor | None]:
+        problem = pose(q, k, v, table, valid, blocks, scale, stored=grad_lse is not None or need_table, exact=exact)
+        parts = _parts(problem, q, k, *where)
+        return problem, *_gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
+
     with torch.autocast(q.device.type, enabled=False):
-        (dq, dk, dv), grad_table = _gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
+        problem, (dq, dk, dv), grad_table = attempt(False)
+        if _in_doubt((dq, dk, dv)):
+            problem, (dq, dk, dv), grad_table = attempt(True)
     dq, dk, dv = (problem.unfold(g, t.shape, t.dtype) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
     if grad_table is None or table is None:
         return dq, dk, dv, q.new_empty(0)
@@ -251,7 +295,7 @@ def _backward(
         lse = chunk.queries.take(saved.lse).transpose(1, 2)
         grad_lse = None if saved.grad_lse is None else chunk.queries.take(saved.grad_lse).transpose(1, 2)
         dq, dk, dv, scores = attend_tiles_backward(
-            grad, grad_lse, q, k, v, out, lse, chunk.mask, chunk.causal, problem.scale, grad_table is not None
+            grad, grad_lse, q, k, v, out, lse, chunk.mask, chunk.causal, problem.scale, grad_table is not None, problem.exact
         )
         if chunk.blind is not None:
             dq = dq.masked_fill(chunk.blind[:, None, :, None], 0.0)
@@ -336,6 +380,8 @@ def _plain_group(
 
     queries, keys, kinds = constant(group.queries), constant(group.keys), constant(group.kinds)
     q = q[:, queries].transpose(2, 3)  # (batch, tiles, heads, tq, dim)
+    if valid is not None:
+        k, v = (t.masked_fill(~valid[..., None, None], 0.0) for t in (k, v))
     k, v = (repeat_heads(t[:, keys], call.heads, 3).transpose(2, 3) for t in (k, v))
     bias = q.new_zeros(1, 1, 1, 1, 1)
     if call.table is not None and group.offsets is not None:

@@ -30,6 +30,7 @@ from ..patterns import Blocks, Separable, Tokens
 from ..tracing import constant_in_graphs
 from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 from .operators import complete, differentiated, lse_like
+from .tile_calls import nothing_changes, nothing_seen, nothing_to_do
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 LOG2_E = 1.4426950408889634
@@ -317,6 +318,8 @@ def triton_attention(
     """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
     from ..triton import attention
 
+    if nothing_to_do(q, blocks):
+        return nothing_seen(q, v, need_lse)
     problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
     out, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
     arguments, constants, (tiles, warps) = problem.arguments("forward", out.flatten(1, -3), lse)
@@ -347,6 +350,8 @@ def triton_attention_backward(
     """Gradients of q, k, v and of the bias table (empty where not needed)."""
     from ..triton import attention
 
+    if nothing_to_do(q, blocks):
+        return nothing_changes(q, k, v, table, need_table)
     problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
     grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))

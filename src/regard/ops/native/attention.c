@@ -2,7 +2,11 @@
 
    A tile is some queries and the keys that they need, all named by row numbers; one head of a tile is four steps in the caches
    of one core: gather the rows, multiply, normalise, multiply. Every product goes through `multiply`, which keeps a block of
-   the result in registers. Everything is computed in float32; rows are float32 or bfloat16. */
+   the result in registers. Everything is computed in float32; rows are float32 or bfloat16.
+
+   What a query does not see does not reach it, even where it is not finite: the score of a hidden pair is chosen, not added
+   up, rows of keys that do not exist are zero, and where an operand of a tile that hides pairs is not finite, the products
+   with weights go over the visible pairs alone (0 times NaN is NaN). */
 
 #include "vectors.h"
 
@@ -35,6 +39,9 @@ typedef struct {
 int64_t regard_lanes(void) { return LANES; }
 int64_t regard_task_size(void) { return sizeof(Task); }
 
+/* A score and what is added to it; -inf hides it, whatever it is. */
+INLINE vec biased(vec score, vec bias) { return choose(bias == (vec){0} - INFINITY, bias, score + bias); }
+
 /* Scores of at most LANES rows, of `count` each, into weights, not yet divided by their `sums`; the logarithm of the sum of
    a row's weights and its `base` make the log-sum-exp. */
 static void weigh(float *scores, int64_t rows, int64_t count, const float *bias, const float *hidden, vec *base, vec *sums) {
@@ -43,8 +50,8 @@ static void weigh(float *scores, int64_t rows, int64_t count, const float *bias,
         vec most = (vec){0} - INFINITY;
         for (int64_t j = 0; i < rows && j < count; j += LANES) {
             vec s = *(vec *)(scores + i * count + j);
-            if (bias) s += *(const loose *)(bias + i * count + j);
-            if (hidden) s += *(const vec *)(hidden + j);
+            if (bias) s = biased(s, *(const loose *)(bias + i * count + j));
+            if (hidden) s = biased(s, *(const vec *)(hidden + j));
             *(vec *)(scores + i * count + j) = s;
             most = choose(s > most, s, most);
         }
@@ -54,12 +61,13 @@ static void weigh(float *scores, int64_t rows, int64_t count, const float *bias,
     most = choose(most == zero - INFINITY, zero, most);
     for (int64_t i = 0; i < LANES; i++) {
         vec total = zero;
+        int endless = i < rows && most[i] == INFINITY && !has_nan(scores + i * count, count);
         for (int64_t j = 0; i < rows && j < count; j += LANES) {
             vec weight = exponential(*(vec *)(scores + i * count + j) - most[i]);
             *(vec *)(scores + i * count + j) = weight;
             total += weight;
         }
-        square[i] = total;
+        square[i] = endless ? (vec){1} : total; /* the log-sum-exp of infinity is that, the weights are NaN */
     }
     *base = most;
     *sums = sums_of(square);
@@ -74,6 +82,28 @@ INLINE const float *hide(const Task *task, float *hidden, int64_t item, int64_t 
     if (task->seen) seen = task->seen + item * task->seen_batch + head * task->seen_head + tile * tk;
     for (int64_t j = 0; j < UP(tk); j++) hidden[j] = j < tk && (!seen || seen[j]) ? 0.0f : -INFINITY;
     return hidden;
+}
+
+/* Rows of keys that do not exist, as zeros. */
+INLINE void blank(float *rows, int64_t width, const Task *task, const float *hidden) {
+    for (int64_t j = 0; task->seen && j < task->tk; j++)
+        if (hidden[j] != 0) memset(rows + j * width, 0, width * 4);
+}
+
+/* Whether a pair is visible, by what is added to its score. */
+INLINE int shown(const float *bias, const float *hidden, int64_t key) {
+    return !(bias && bias[key] == -INFINITY) && !(hidden && hidden[key] == -INFINITY);
+}
+
+/* result (rows, UP(value)) = weights values, over the visible pairs. */
+static void multiply_seen(const Task *task, int64_t rows, float *result, const float *weights, const float *values,
+                          const float *bias, const float *hidden) {
+    int64_t step = UP(task->tk), wide = UP(task->value);
+    memset(result, 0, rows * wide * 4);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < task->tk; j++)
+            if (shown(bias ? bias + i * step : NULL, hidden, j))
+                add_row(result + i * wide, values + j * wide, weights[i * step + j], wide);
 }
 
 /* How many queries are dealt with at once: their scores stay in the cache next to the core. */
@@ -146,13 +176,18 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
     int64_t turn = 0, turns = group * ((end - begin + LANES - 1) / LANES);
     const int64_t *rows = task->queries + tile * tq;
     const float *hidden = NULL;
+    int odd = 0; /* whether pairs are hidden and a value is not finite */
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
         if (head == kv * group || task->keys_head) {
             const int64_t *keys = task->keys + item * task->keys_batch + head * task->keys_head + tile * tk;
             gather_transposed(columns, &task->k, item, kv, keys, tk, dim, task->narrow);
             gather(values, &task->v, item, kv, keys, tk, value, 1.0f, task->narrow);
         }
-        if (head == kv * group || task->seen_head) hidden = hide(task, space, item, head, tile);
+        if (head == kv * group || task->keys_head || task->seen_head) {
+            hidden = hide(task, space, item, head, tile);
+            blank(values, wide, task, hidden);
+            odd = (task->bias || task->seen) && !all_finite(values, tk * wide);
+        }
         const float *bias = task->bias ? task->bias + task->kinds[tile] * task->bias_kind + head * task->bias_head : NULL;
         for (int64_t first = begin; first < end; first += some) {
             int64_t here = least(some, end - first);
@@ -163,7 +198,10 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
                 look_ahead(task, next, turn++, turns);
                 weigh(scores + i * step, least(LANES, here - i), step, added, hidden, base + i / LANES, sums + i / LANES);
             }
-            multiply(here, wide, tk, result, wide, scores, step, 1, values, wide, 0);
+            if (odd)
+                multiply_seen(task, here, result, scores, values, bias ? bias + first * step : NULL, hidden);
+            else
+                multiply(here, wide, tk, result, wide, scores, step, 1, values, wide, 0);
             for (int64_t i = 0; i < here; i++) {
                 void *out = (void *)row_of(&task->out, item, rows[first + i], head, task->narrow_out);
                 float *known = task->lse.at ? (float *)row_of(&task->lse, item, rows[first + i], head, 0) : NULL;
@@ -173,6 +211,7 @@ static void attend(const Task *task, float *scratch, Unit unit, Unit next) {
                     float most = *known > lse ? *known : lse;
                     if (most == -INFINITY) continue;
                     float total = most + logf(expf(*known - most) + expf(lse - most));
+                    if (most == INFINITY && *known == *known && lse == lse) total = INFINITY;
                     float keep = expf(*known - total), take = expf(lse - total) * factor;
                     for (int64_t c = 0; c < value; c++)
                         ((float *)out)[c] = ((float *)out)[c] * keep + result[i * wide + c] * take;
@@ -214,6 +253,8 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
     const int64_t begin = cut_at(task, unit.cut), end = cut_at(task, unit.cut + 1);
     int64_t turn = 0, turns = group * ((end - begin + LANES - 1) / LANES);
     const float *hidden = NULL;
+    const int hides = task->bias || task->seen;
+    int odd_keys = 0;
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
         if (head == kv * group || task->keys_head) {
             places = task->keys + item * task->keys_batch + head * task->keys_head + tile * tk;
@@ -221,7 +262,11 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
             gather_transposed(values, &task->v, item, kv, places, tk, value, task->narrow);
             gather(keys, &task->k, item, kv, places, tk, dim, task->scale, task->narrow);
         }
-        if (head == kv * group || task->seen_head) hidden = hide(task, space, item, head, tile);
+        if (head == kv * group || task->keys_head || task->seen_head) {
+            hidden = hide(task, space, item, head, tile);
+            blank(keys, deep, task, hidden);
+            odd_keys = hides && !all_finite(keys, tk * deep);
+        }
         int64_t kind = task->kinds ? task->kinds[tile] : 0;
         const float *bias = task->bias ? task->bias + kind * task->bias_kind + head * task->bias_head : NULL;
         float *sum = sums ? sums + (kind * task->heads + head) * tq * step : NULL;
@@ -237,31 +282,45 @@ static void differentiate(const Task *task, float *scratch, float *sums, Unit un
                 if (i % LANES == 0) look_ahead(task, next, turn++, turns);
                 float lse = *(const float *)row_of(&task->lse, item, row[i], head, 0);
                 if (lse == -INFINITY) lse = 0;
-                vec dot = {0};
+                vec dot = {0}, zero = {0};
                 for (int64_t c = 0; c < wide; c += LANES) dot += *(vec *)(grad + i * wide + c) * *(vec *)(out + i * wide + c);
                 float delta = sum_of(dot);
                 if (task->grad_lse.at) delta -= *(const float *)row_of(&task->grad_lse, item, row[i], head, 0);
                 const float *added = bias ? bias + (first + i) * step : NULL;
                 for (int64_t j = 0; j < step; j += LANES) {
-                    vec s = *(vec *)(weights + i * step + j) - lse;
-                    if (added) s += *(const loose *)(added + j);
-                    if (hidden) s += *(const vec *)(hidden + j);
+                    vec s = *(vec *)(weights + i * step + j) - lse, less = *(vec *)(change + i * step + j) - delta;
+                    ints here_not = {0};
+                    if (added) here_not = *(const loose *)(added + j) == zero - INFINITY, s += *(const loose *)(added + j);
+                    if (hidden) here_not |= *(const vec *)(hidden + j) < zero;
                     vec weight = exponential(s);
+                    if (hides || hidden) weight = choose(here_not, zero, weight), less = choose(here_not, zero, less);
                     *(vec *)(weights + i * step + j) = weight;
-                    *(vec *)(change + i * step + j) = weight * (*(vec *)(change + i * step + j) - delta);
+                    *(vec *)(change + i * step + j) = weight * less;
                 }
                 if (sum)
                     for (int64_t j = 0; j < step; j += LANES)
                         *(vec *)(sum + (first + i) * step + j) += *(vec *)(change + i * step + j);
             }
-            multiply(here, deep, tk, of_queries, deep, change, step, 1, keys, deep, 0);
+            int begun = first > begin || (head > kv * group && !task->keys_head);
+            if (odd_keys || (hides && !(all_finite(queries, here * deep) && all_finite(grad, here * wide)))) {
+                if (!begun) memset(of_keys, 0, tk * deep * 4), memset(of_values, 0, tk * wide * 4);
+                memset(of_queries, 0, here * deep * 4);
+                for (int64_t i = 0; i < here; i++)
+                    for (int64_t j = 0; j < tk; j++) {
+                        if (!shown(bias ? bias + (first + i) * step : NULL, hidden, j)) continue;
+                        add_row(of_queries + i * deep, keys + j * deep, change[i * step + j], deep);
+                        add_row(of_keys + j * deep, queries + i * deep, change[i * step + j], deep);
+                        add_row(of_values + j * wide, grad + i * wide, weights[i * step + j], wide);
+                    }
+            } else {
+                multiply(here, deep, tk, of_queries, deep, change, step, 1, keys, deep, 0);
+                multiply(tk, deep, here, of_keys, deep, change, 1, step, queries, deep, begun);
+                multiply(tk, wide, here, of_values, wide, weights, 1, step, grad, wide, begun);
+            }
             for (int64_t i = 0; i < here; i++) {
                 float *target = (float *)row_of(&task->dq, item, row[i], head, 0), *from = of_queries + i * deep;
                 move(target, from, dim, task->merge);
             }
-            int begun = first > begin || (head > kv * group && !task->keys_head);
-            multiply(tk, deep, here, of_keys, deep, change, 1, step, queries, deep, begun);
-            multiply(tk, wide, here, of_values, wide, weights, 1, step, grad, wide, begun);
         }
         if (task->keys_head || head == (kv + 1) * group - 1)
             for (int64_t j = 0; j < tk; j++) {

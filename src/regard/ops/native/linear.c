@@ -5,7 +5,10 @@
 
    with c the sums of the logarithms of the decays from the beginning of a chunk. A head is one unit of work; its state lies in
    the cache next to the core. Or over all keys, forward: the sum that the keys leave, and what queries read from it, in which
-   slices of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16. */
+   slices of the chunks are units of their own. Everything is computed in float32; rows are float32 or bfloat16.
+
+   Rows of keys that do not exist are zero, and so is the gradient of their values. In a chunk with a number that is not finite,
+   products of triangles go row by row: what comes later then does not even meet a weight of zero. */
 
 #include <float.h>
 
@@ -92,6 +95,7 @@ INLINE void turn(float *to, const float *from, int64_t count, int64_t width) {
 /* What a chunk of tokens is made of. */
 typedef struct {
     int64_t start, count;
+    int64_t together; /* rows of a triangle that are multiplied at once, up to where the last of them sees */
     int64_t *tokens;
     float *raw_q, *raw_k, *queries, *keys, *values; /* (count, UP(width)) */
     float *sums, *rest, *enter, *leave; /* c_i and what rounding it leaves, for whole vectors; exp(c_i); exp(c_n - c_i) */
@@ -128,8 +132,11 @@ INLINE void load(const Scan *scan, Chunk *chunk, int64_t start, int64_t item, in
     gather(chunk->raw_k, &scan->k, item, head, chunk->tokens, count, scan->dim, 1.0f, scan->narrow);
     features(chunk->keys, chunk->raw_k, count, scan->dim, kind, exist);
     gather(chunk->values, &scan->v, item, head, chunk->tokens, count, scan->value, 1.0f, scan->narrow_values);
+    int64_t deep = UP(scan->dim), wide = UP(scan->value);
     for (int64_t i = 0; exist && i < count; i++)
-        if (!exist[i]) memset(chunk->values + i * UP(scan->value), 0, UP(scan->value) * 4);
+        if (!exist[i]) memset(chunk->values + i * wide, 0, wide * 4);
+    int whole = all_finite(chunk->keys, count * deep) && all_finite(chunk->values, count * wide);
+    chunk->together = whole && (!queries || all_finite(chunk->queries, count * deep)) ? LANES : 1;
     chunk->through = 1;
     if (!scan->decay.at) return;
     double sums[UP(count)], sum = 0;
@@ -180,19 +187,19 @@ INLINE void causal_scores(const Scan *scan, const Chunk *chunk, float *scores, c
 }
 
 /* c (rows, n) (+)= lower triangle (rows, inner) b: blocks of rows end where they see no more. */
-INLINE void times_lower(int64_t count, int64_t n, float *c, const float *lower, const float *b, int add) {
-    int64_t step = UP(count);
-    for (int64_t first = 0; first < count; first += LANES) {
-        int64_t rows = least(LANES, count - first), seen = least(first + LANES, count);
+INLINE void times_lower(const Chunk *chunk, int64_t n, float *c, const float *lower, const float *b, int add) {
+    int64_t count = chunk->count, step = UP(count), together = chunk->together;
+    for (int64_t first = 0; first < count; first += together) {
+        int64_t rows = least(together, count - first), seen = least(first + together, count);
         multiply(rows, n, seen, c + first * n, n, lower + first * step, step, 1, b, n, add);
     }
 }
 
 /* c (columns, n) (+)= the transpose of a lower triangle, times b. */
-INLINE void times_upper(int64_t count, int64_t n, float *c, const float *lower, const float *b, int add) {
-    int64_t step = UP(count);
-    for (int64_t first = 0; first < count; first += LANES) {
-        int64_t rows = least(LANES, count - first);
+INLINE void times_upper(const Chunk *chunk, int64_t n, float *c, const float *lower, const float *b, int add) {
+    int64_t count = chunk->count, step = UP(count), together = chunk->together;
+    for (int64_t first = 0; first < count; first += together) {
+        int64_t rows = least(together, count - first);
         multiply(rows, n, count - first, c + first * n, n, lower + first * step + first, 1, step, b + first * n, n, add);
     }
 }
@@ -233,7 +240,7 @@ static void scan_head(const Scan *scan, float *scratch, int64_t item, int64_t he
         const float *queries = chunk.queries, *keys = chunk.keys;
         turn(columns, chunk.keys, count, dim);
         causal_scores(scan, &chunk, scores, chunk.queries, dim, columns);
-        times_lower(count, wide, result, scores, chunk.values, 0);
+        times_lower(&chunk, wide, result, scores, chunk.values, 0);
         if (scan->decay.at) scale_rows(scaled, chunk.queries, chunk.enter, count, deep), queries = scaled;
         multiply(count, wide, dim, result, wide, queries, deep, 1, state, wide, 1);
         for (int64_t i = 0; i < count; i++)
@@ -308,14 +315,15 @@ static void scan_head_backward(const Scan *scan, float *scratch, int64_t item, i
             scale_rows(leaves, chunk.keys, chunk.leave, count, deep), keys = leaves;
         }
         gather(grad, &scan->grad, item, head, chunk.tokens, count, value, 1.0f, scan->narrow_values);
+        if (!all_finite(grad, count * wide)) chunk.together = 1;
         turn(key_columns, chunk.keys, count, dim);
         turn(value_columns, chunk.values, count, value);
         causal_scores(scan, &chunk, scores, chunk.queries, dim, key_columns);
         causal_scores(scan, &chunk, change, grad, value, value_columns);
-        times_upper(count, wide, grad_v, scores, grad, 0);
+        times_upper(&chunk, wide, grad_v, scores, grad, 0);
         multiply(count, wide, dim, grad_v, wide, keys, deep, 1, after, wide, 1);
-        times_lower(count, deep, grad_q, change, chunk.keys, 0);
-        times_upper(count, deep, grad_k, change, chunk.queries, 0);
+        times_lower(&chunk, deep, grad_q, change, chunk.keys, 0);
+        times_upper(&chunk, deep, grad_k, change, chunk.queries, 0);
         multiply(count, deep, value, read, deep, grad, wide, 1, before, deep, 0);
         multiply(count, deep, value, written, deep, chunk.values, wide, 1, after_turned, deep, 0);
         if (scan->ddecay.at) {
@@ -346,6 +354,7 @@ static void scan_head_backward(const Scan *scan, float *scratch, int64_t item, i
                 *(vec *)(grad_q + at) = of_q * slope(*(vec *)(chunk.raw_q + at), scan->activation);
                 *(vec *)(grad_k + at) = exists ? of_k * slope(*(vec *)(chunk.raw_k + at), scan->activation) : (vec){0};
             }
+            if (!exists) memset(grad_v + i * wide, 0, wide * 4);
             int64_t token = n * size + i;
             store_row((void *)row_of(&scan->dq, item, token, head, scan->narrow), grad_q + i * deep, dim, 1.0f, scan->narrow);
             store_row((void *)row_of(&scan->dk, item, token, head, scan->narrow), grad_k + i * deep, dim, 1.0f, scan->narrow);

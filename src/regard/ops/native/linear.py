@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import RowsOf, rows_of
+from ...checks import shown
 from .library import library
+from .pointers import ROWS, SINGLE, RowsOf, block, rows
 from .scratch import lend
 
 ACTIVATIONS = ("none", "relu", "elu_plus_one", "silu")
@@ -21,8 +22,10 @@ LONGEST = 128
 def serves(name: str, x: Tensor) -> bool:
     """Whether a function is compiled, and the heads of ``(batch, tokens, heads, dim)`` keep the threads busy enough.
 
-    In order, each head is done by one; over all keys the tokens are shared out too.
+    In order, each head is done by one; over all keys the tokens are shared out too. An empty tensor is nothing to C.
     """
+    if x.numel() == 0:
+        return False
     return name in ("memory", "read") or (name in ("scan", "scan_backward") and 3 * _heads(x) >= torch.get_num_threads())
 
 
@@ -64,7 +67,7 @@ def scan(
     logs, exist, final = _logs(decay), _exist(valid), _initial(q, v, state)
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     task = _task(q, k, v, logs, exist, final, activation, chunk)
-    task.out = rows_of(out)
+    task.out = rows("the output", out, v.shape, (v.dtype,))
     _run(task, "scan")
     return out, final
 
@@ -87,11 +90,12 @@ def scan_backward(
     logs, exist, before, grad_state = _logs(decay), _exist(valid), _initial(q, v, state), _initial(q, v, grad_final)
     grads = tuple(t.new_empty(t.shape) for t in (q, k, v))
     task = _task(q, k, v, logs, exist, before, activation, chunk)
-    task.grad, task.grad_state = rows_of(grad), grad_state.data_ptr()
-    task.dq, task.dk, task.dv = (rows_of(t) for t in grads)
+    task.grad = rows("the gradient of the output", grad, v.shape, (v.dtype,))
+    task.grad_state = block("the gradient of the state", grad_state, before.shape, SINGLE)
+    task.dq, task.dk, task.dv = (rows("a gradient", of, t.shape, (t.dtype,)) for of, t in zip(grads, (q, k, v), strict=True))
     changes = q.new_empty(q.shape[:3], dtype=torch.float32) if need_decay and decay is not None else None
     if changes is not None:
-        task.ddecay = rows_of(changes.unsqueeze(-1))
+        task.ddecay = rows("the gradient of the decays", changes, q.shape[:3], SINGLE)
     _run(task, "scan_backward")
     if changes is None or decay is None:
         return *grads, q.new_empty(0), grad_state  # type: ignore[return-value]  # three of them
@@ -104,9 +108,8 @@ def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple
     exist, slices = _exist(valid), _slices(k)
     products = k.new_empty(slices, k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
     total = k.new_empty(products.shape[:-1], dtype=torch.float32)
-    task = _task(k, k, v, None, exist, products, activation, LONGEST)
-    task.total = total.data_ptr()
-    _share(task, slices)
+    task = _task(k, k, v, None, exist, products, activation, LONGEST, slices)
+    task.total = block("the sums of the keys", total, products.shape[:-1], SINGLE)
     _run(task, "memory")
     return products.sum(0), total.sum(0)
 
@@ -118,13 +121,13 @@ def read(
     q, memory = _contiguous_rows(q), memory.contiguous()
     out = q.new_empty(*q.shape[:-1], memory.shape[-1])
     factors = q.new_empty(q.shape[:-1] if total is not None else (0,), dtype=torch.float32)
-    task = _task(q, q, out, None, None, memory, activation, LONGEST)
-    task.out = rows_of(out)
+    task = _task(q, q, out, None, None, memory, activation, LONGEST, _slices(q))
+    task.out = rows("the output", out, out.shape, (q.dtype,))
     if total is not None:
         total = total.contiguous()
-        task.total, task.factors = total.data_ptr(), rows_of(factors.unsqueeze(-1))
+        task.total = block("the sum of the keys", total, memory.shape[:-1], SINGLE)
+        task.factors = rows("the factors", factors, q.shape[:3], SINGLE)
         task.floor, task.eps = -math.inf if floor is None else floor, eps
-    _share(task, _slices(q))
     _run(task, "read")
     return out, factors
 
@@ -132,11 +135,6 @@ def read(
 def _slices(x: Tensor) -> int:
     """Into how many slices the chunks of a head are cut: four units of work for each thread, if there are so many chunks."""
     return max(1, min(-(-4 * torch.get_num_threads() // _heads(x)), -(-x.shape[1] // LONGEST)))
-
-
-def _share(task: _Scan, slices: int) -> None:
-    task.slices = slices
-    task.workers = max(1, min(torch.get_num_threads(), slices * task.batch * task.heads))
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
@@ -162,19 +160,49 @@ def _initial(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
 
 
 def _task(
-    q: Tensor, k: Tensor, v: Tensor, logs: Tensor | None, exist: Tensor | None, state: Tensor, activation: str, chunk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logs: Tensor | None,
+    exist: Tensor | None,
+    states: Tensor,
+    activation: str,
+    chunk: int,
+    slices: int = 0,
 ) -> _Scan:
-    batch, tokens, heads, dim = q.shape
+    """A task, all of it checked.
+
+    Args:
+        q, k, v: ``(batch, tokens, heads, width)``, the last axis contiguous.
+        logs: logarithms of decays ``(batch or 1, tokens or 1, heads, 1)``.
+        exist: ``(batch or 1, tokens)``.
+        states: ``(batch, heads, dim, value)``; a sum of keys in several ``slices`` has one of them in front.
+        activation: by name.
+        chunk: tokens at once.
+        slices: of the chunks over all keys; 0 for a scan in order.
+
+    Raises:
+        ValueError: tensors that do not go together.
+    """
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"compiled linear attention is of 4 axes; got {shown(q)} and {shown(v)}")
+    (batch, tokens, heads, dim), value = q.shape, v.shape[3]
+    ahead = (slices,) if states.ndim == 5 else ()
     task = _Scan(
         narrow=q.dtype == torch.bfloat16, narrow_values=v.dtype == torch.bfloat16, batch=batch, heads=heads, tokens=tokens,
-        dim=dim, value=v.shape[3], chunk=min(chunk, LONGEST), activation=ACTIVATIONS.index(activation),
-        q=rows_of(q), k=rows_of(k), v=rows_of(v), state=state.data_ptr(),
-        workers=max(1, min(torch.get_num_threads(), batch * heads)),
+        dim=dim, value=value, chunk=max(1, min(chunk, LONGEST)), activation=ACTIVATIONS.index(activation),
+        q=rows("q", q, (batch, tokens, heads, dim), ROWS), k=rows("k", k, (batch, tokens, heads, dim), (q.dtype,)),
+        v=rows("v", v, (batch, tokens, heads, value), ROWS),
+        state=block("the state", states, (*ahead, batch, heads, dim, value), SINGLE),
+        slices=slices, workers=max(1, min(torch.get_num_threads(), max(1, slices) * batch * heads)),
     )  # fmt: skip
     if logs is not None:
-        task.decay = RowsOf(logs.data_ptr(), *(logs.stride(axis) if logs.shape[axis] > 1 else 0 for axis in range(3)))
+        steps = tuple(n if of == n else 1 for n, of in zip((batch, tokens, heads), logs.shape, strict=False))
+        where = rows("the logarithms of the decays", logs, (*steps, 1), SINGLE)
+        task.decay = RowsOf(where.at, *(step if n > 1 else 0 for step, n in zip(logs.stride()[:3], steps, strict=True)))
     if exist is not None:
-        task.valid, task.valid_batch = exist.data_ptr(), exist.stride(0) if len(exist) > 1 else 0
+        task.valid = block("the keys that exist", exist, (len(exist) if len(exist) == 1 else batch, tokens), (torch.bool,))
+        task.valid_batch = exist.stride(0) if len(exist) > 1 else 0
     return task
 
 

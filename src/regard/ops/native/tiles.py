@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...caches import cached
-from ..tiles import block_tokens, listed_once
+from ..tiles import block_tokens, check_listed, listed_once
 from ..tiling import TilePlan
 from .attention import TileSet, attend, differentiate, padded
 
@@ -70,7 +70,9 @@ def _with_bias(tiles: TileSet, table: Tensor | None, offsets: Tensor | None) -> 
         return tiles
     flat = table.detach().flatten(1).float().index_select(1, offsets.reshape(-1))
     bias = padded(flat.unflatten(1, offsets.shape).transpose(0, 1))  # (classes, heads, tq, padded tk)
-    return replace(tiles, bias=bias if tiles.bias is None else bias.add_(tiles.bias))
+    if tiles.bias is None:
+        return replace(tiles, bias=bias)
+    return replace(tiles, bias=bias.masked_fill_(tiles.bias == -torch.inf, -torch.inf))  # the bias may be infinite itself
 
 
 def _with_seen(tiles: TileSet, valid: Tensor | None) -> TileSet:
@@ -85,14 +87,18 @@ def routed_parts(
     """Routed blocks as one part.
 
     Args:
-        blocks: ``(batch or 1, heads or 1, query_blocks, listed)``, -1 for none.
+        blocks: ``(batch or 1, heads or 1, query_blocks, listed)`` of numbers of key blocks, -1 for none.
         block: sizes of a block.
         q_grid, k_grid: the grids.
         valid: ``(batch or 1, *k_grid)``, True where a key exists.
+
+    Raises:
+        ValueError: numbers of blocks that are not there.
     """
     q_tokens, q_real = block_tokens(tuple(q_grid), tuple(block), blocks.device)
     k_tokens, k_real = block_tokens(tuple(k_grid), tuple(block), blocks.device)
-    listed = listed_once(blocks)
+    check_listed(blocks, len(q_tokens), len(k_tokens))
+    listed = listed_once(blocks.long())
     some = listed.clamp(min=0)
     keys = k_tokens[some].flatten(3)  # (batch or 1, heads or 1, query blocks, tk)
     seen = (k_real[some] & (listed >= 0)[..., None]).flatten(3)

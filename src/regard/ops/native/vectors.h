@@ -78,6 +78,11 @@ INLINE void move(float *row, const float *from, int64_t width, int add) {
     for (int64_t c = 0; c < width; c++) row[c] = add ? row[c] + from[c] : from[c];
 }
 
+/* Rows of whole vectors: row += factor * from. */
+INLINE void add_row(float *row, const float *from, float factor, int64_t width) {
+    for (int64_t c = 0; c < width; c += LANES) *(vec *)(row + c) += factor * *(const vec *)(from + c);
+}
+
 INLINE const char *row_of(const Rows *rows, int64_t item, int64_t token, int64_t head, int narrow) {
     int64_t at = item * rows->batch + token * rows->token + head * rows->head;
     return (const char *)rows->at + at * (narrow ? 2 : 4);
@@ -261,6 +266,19 @@ INLINE vec largest_of(vec *square) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) square[i] = choose(square[i] > square[i + half], square[i], square[i + half]);
     return square[0];
+}
+
+/* Whether all of some numbers, whole vectors of them, are finite. */
+INLINE int all_finite(const float *numbers, int64_t count) {
+    vec nothing = {0};
+    for (int64_t i = 0; i < count; i += LANES) nothing += *(const vec *)(numbers + i) * 0.0f;
+    return sum_of(nothing) == 0;
+}
+
+INLINE int has_nan(const float *numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (numbers[i] != numbers[i]) return 1;
+    return 0;
 }
 
 /* The next numbers of a thread's scratch memory, on a line of the cache of their own. */
