@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..caches import Cache
+from . import transforms
 from .footprint import Footprint
 from .patterns import Blocks, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, tensors_of
 
@@ -124,8 +125,17 @@ class Call:
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.bias, self.table.table if self.table else None)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.carriers)
+
+    @property
+    def carriers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The tensors that carry derivatives: q, k, v, the bias and the bias table."""
+        return self.q, self.k, self.v, self.bias, self.table.table if self.table else None
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether derivatives are being taken that fused operators do not have."""
+        return transforms.differentiated(*self.carriers)
 
     def positions(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Coordinates of the queries ``(queries, 1, rank)`` and of the keys ``(1, keys, rank)``."""
@@ -149,7 +159,7 @@ class Call:
 
     def _keeps_visible(self) -> bool:
         """Whether the next call of this kind may find it as it was: plain tensors, and not too many pairs."""
-        plain = type(self.q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        plain = type(self.q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not transforms.active()
         return plain and self.pattern.static and self.queries * self.keys <= KEPT_PAIRS
 
     def _kept_visible(self) -> Tensor:

@@ -7,13 +7,16 @@ its log-sum-exp: where it is asked for, some queries at a time run by the defini
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..call import Call
+from .. import transforms
+from ..call import Call, HeadTable
 from ..patterns import Causal
 from ..tile_attention import SCORES
 from . import reference
@@ -24,6 +27,8 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    if call.is_differentiated:
+        return reference.run(call)
     if call.need_lse:
         return _run_rows(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
@@ -47,7 +52,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out = out[..., :width]
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2).unflatten(1, call.q_grid), None
+    out = out.transpose(1, 2).unflatten(1, call.q_grid)
+    return differentiable(call, out), None
 
 
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -63,6 +69,23 @@ def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
             parts.append(reference.attend_rows(call, rows))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 1).unflatten(1, call.q_grid), torch.cat(lses, 1).unflatten(1, call.q_grid)
+
+
+def differentiable(call: Call, out: Tensor) -> Tensor:
+    """The output of an operator of torch, whose gradient can be differentiated by way of the definition.
+
+    With dropout the definition would drop other weights: torch's formula stays, on a CPU one that can be differentiated.
+    """
+    if not call.needs_grad or call.dropout or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms.active():
+        return out
+    none = call.q.new_empty(0)  # the tensors themselves are kept by autograd
+    table = None if call.table is None else HeadTable(none, call.table.pattern)
+    bare = replace(call, q=none, k=none, v=none, bias=None, table=table)
+    return transforms.again(out, partial(_output, bare), *call.carriers)
+
+
+def _output(call: Call, *tensors: Tensor) -> tuple[Tensor]:
+    return (reference.of_tensors(call, *tensors)[0],)
 
 
 def may_be_empty(call: Call) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # importing it takes seconds: it imports dynamo
 
 from ...caches import Cache, cached
+from .. import transforms
 from ..call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
 
@@ -49,6 +50,10 @@ def available() -> str | None:
 def supports(call: Call) -> str | None:
     if torch.compiler.is_compiling():
         return "compiles by itself, not inside a compiled graph"
+    if call.is_differentiated:
+        return transforms.PLAIN_ONLY
+    if transforms.active():
+        return "compiles by itself, not under torch.vmap"
     if call.dropout:
         return "no attention dropout"
     if _mask_of(call.pattern) is None:

@@ -14,6 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..call import Call
 from ..patterns import Neighborhood
 
@@ -35,6 +36,10 @@ def supports(call: Call) -> str | None:
         return "natten is regard itself, see regard.compat.natten"
     if torch.compiler.is_compiling():
         return "not inside a compiled graph"
+    if call.is_differentiated:
+        return transforms.PLAIN_ONLY
+    if transforms.active():
+        return "not under torch.vmap"
     if call.bias is not None or call.table is not None:
         return "no bias"
     if call.valid is not None or call.dropout:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, HeadTable
 from ..heads import repeat_heads
 
 
@@ -48,6 +49,14 @@ def normalise(scores: Tensor) -> tuple[Tensor, Tensor]:
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out, lse = attend_rows(call)
     return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid) if call.need_lse else None
+
+
+def of_tensors(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The definition as a function of the tensors that carry gradients."""
+    offsets = None if table is None or call.table is None else HeadTable(table, call.table.pattern)
+    return run(replace(call, q=q, k=k, v=v, bias=bias, table=offsets))
 
 
 def attend_rows(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

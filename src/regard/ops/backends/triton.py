@@ -28,6 +28,7 @@ from torch import Tensor
 from ..call import Call
 from ..patterns import Blocks, Separable, Tokens
 from ..tracing import constant_in_graphs
+from ..transforms import PLAIN_ONLY
 from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 from .operators import complete, differentiated, lse_like
 
@@ -82,6 +83,8 @@ def interpreted() -> bool:
 def supports(call: Call) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
+    if call.is_differentiated:
+        return PLAIN_ONLY
     if call.bias is not None:
         return "a dense bias belongs to dense attention"
     if call.dropout:
