@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import linear_chunks, native
 from .call import _common_dtype
 from .linear_features import FeatureMap
 from .linear_spans import ACTIVATIONS
 from .observe import WATCHERS, Weighing, tell
+from .transforms import PLAIN_ONLY, differentiated
 
 NORMS = ("none", "sum", "count")
 BACKENDS = ("auto", "naive", "chunked", "native", "triton")
@@ -175,6 +176,10 @@ def linear_attend(
     problems = {"triton": _triton_problem, "native": _native_problem}
     if backend in problems and (why := problems[backend](call)) is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {why}")
+    if backend != "naive" and differentiated(*_carriers(call, v)):
+        if backend != "auto":
+            raise ValueError(f"backend {backend!r} cannot run this call: {PLAIN_ONLY}")
+        backend = "naive"
     if state is not None or return_state:
         _check_state(call, v.shape[-1])
     if WATCHERS:
@@ -195,6 +200,13 @@ def linear_attend(
         return y
     assert final is not None  # it was checked that there is one
     return y, final
+
+
+def _carriers(call: _Call, v: Tensor) -> tuple[Tensor | None, ...]:
+    """The tensors that carry derivatives."""
+    own = (call.scale, *(call.state or ()), *getattr(call.feature, "__dict__", {}).values())
+    weights = call.feature.parameters() if isinstance(call.feature, nn.Module) else ()
+    return call.q, call.k, v, call.decay, *(t for t in own if isinstance(t, Tensor)), *weights
 
 
 def _pose(
@@ -486,6 +498,17 @@ def _naive(call: _Call, v: Tensor) -> tuple[Tensor, LinearState | None]:
         memory = memory + call.state.memory * past[..., None]
         total = total if call.state.total is None else total + call.state.total * past
     return y, _state(call, memory, total)
+
+
+def scan_definition(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, valid: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_scan` by the definition."""
+    before = None if state is None else LinearState(state)
+    call = _Call(q, k, activation, "none", None, 0.0, True, decay, 1.0, valid, before, 0)
+    y, final = _naive(call, v)
+    assert final is not None  # in order there is a state
+    return y.to(v.dtype), final.memory
 
 
 def _weighing(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Weighing:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .tracing import constant_in_graphs
 
-PLAIN_ONLY = "it has plain gradients alone, no forward-mode derivatives and no gradients by torch.func"
+PLAIN_ONLY = "no forward-mode derivatives and no gradients by torch.func; backend='auto' has them"
 
 
 def active() -> bool:
@@ -70,6 +70,11 @@ def gradients(
             else [None] * len(wanted)
         )
     return [next(found) if t is not None and need else None for t, need in zip(own, needed, strict=True)]
+
+
+def fixed() -> bool:
+    """Whether gradients stay as they are recorded: in graphs under trace, and under the transforms of ``torch.func``."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or active()
 
 
 def again(out: Tensor, definition: Callable[..., Sequence[Tensor | None]], *tensors: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from ...caches import Cache, cached
 from .. import transforms
 from ..call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
+from . import dense
 
 BLOCK = 128
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
@@ -87,7 +88,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         )  # fmt: skip
     out, lse = result if call.need_lse else (result, None)
     out = out.transpose(1, 2).unflatten(1, call.q_grid)
-    return out, None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
+    return dense.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
 
 
 @cached(1)

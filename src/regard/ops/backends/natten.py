@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import transforms
 from ..call import Call
 from ..patterns import Neighborhood
+from . import dense
 
 INSTALLED = importlib.util.find_spec("natten") is not None
 PACKED = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,7 +89,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out, lse = (na1d, na2d, na3d)[call.rank - 1](
         *tensors, kernel_size, stride=stride, dilation=dilation, is_causal=causal, scale=call.scale, return_lse=True
     )
-    return out, lse.float() if call.need_lse else None
+    return dense.differentiable(call, out), lse.float() if call.need_lse else None
 
 
 def _per_axis(call: Call) -> tuple[tuple, tuple, tuple, tuple]:
