@@ -48,6 +48,13 @@ def triangle(queries: int, keys: int, dtype: torch.dtype, device: torch.device, 
     return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype, device=device).triu_(first + 1)
 
 
+def _drawn(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor | None, bool]:
+    """The mask, with the triangle in it where the fused operator would make that wrong: it masks before it scales."""
+    if not causal or scale > 0:
+        return mask, causal
+    return triangle(q.shape[2], k.shape[2], q.dtype, q.device), False
+
+
 def _slices(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Queries whose scores are held at once, the keys that they may see, and their mask."""
     n, heads, tq, _ = q.shape
@@ -67,6 +74,7 @@ def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, need_lse: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Output ``(n, heads, tq, width)`` and lse ``(n, heads, tq)``, empty if not needed, any where a query sees nothing."""
+    mask, causal = _drawn(q, k, mask, causal, scale)
     if _fused(q) and not multiplies(q.device, q.shape[1] * q.shape[2] * k.shape[2], k.shape[2]):
         return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
     parts = [_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale, need_lse) for i, j, part in _slices(q, k, mask, causal)]
@@ -115,6 +123,7 @@ def attend_tiles_backward(
 
     ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part.
     """
+    mask, causal = _drawn(q, k, mask, causal, scale)
     if _fused(q) and grad_lse is None and not need_scores:
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)

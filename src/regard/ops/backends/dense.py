@@ -37,7 +37,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         # the fused kernel takes one width; more zeros change no logit, and no value that is kept
         q, k, v = (F.pad(t, [0, max(width, q.shape[-1]) - t.shape[-1]]) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and call.bias is None and call.valid is None
+    plain = call.bias is None and call.valid is None and call.scale > 0  # torch's kernels mask before they scale
+    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and plain
     mask = None if causal else call.mask()
     bias = call.dense_bias()
     if bias is not None:
