@@ -7,15 +7,20 @@ of torch's own operators, which know all of this. ``torch.vmap`` alone needs not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .tracing import constant_in_graphs
 
 PLAIN_ONLY = "no forward-mode derivatives and no gradients by torch.func; backend='auto' has them"
+
+
+_KINDS: Any = torch._C._functorch.TransformType
 
 
 def active() -> bool:
@@ -34,11 +39,28 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 @constant_in_graphs
 def _in_gradient() -> bool:
-    if not torch._C._are_functorch_transforms_active():
+    return active() and any(level.key() in (_KINDS.Grad, _KINDS.Jvp) for level in _levels())
+
+
+def _in_vmap() -> bool:
+    return active() and any(level.key() == _KINDS.Vmap for level in _levels())
+
+
+def _levels():
+    return torch._C._functorch.get_interpreter_stack() or ()
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at, and at once: a plain one on a CPU, neither traced nor batched."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type != "cpu":
         return False
-    kinds = torch._C._functorch.TransformType
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+    return type(tensor) in (Tensor, nn.Parameter) and not _in_vmap()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; a sum that overflows float32 counts as one that is not."""
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return math.isfinite(float(tensor.detach().sum(dtype=wide)))
 
 
 def gradients(

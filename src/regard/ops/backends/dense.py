@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import transforms
 from ..call import Call, HeadTable
@@ -29,6 +28,9 @@ def supports(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.is_differentiated:
         return reference.run(call)
+    call, careful = reference.guarded(call)
+    if careful:
+        return reference.run_pairs(call)
     if call.need_lse:
         return _run_rows(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
@@ -59,17 +61,10 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
     """The definition for as many queries at a time as leave ``SCORES`` scores; a graph under trace or transform takes all."""
-    each = max(1, SCORES // (call.batch * call.heads * call.keys))
-    if each >= call.queries or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return reference.run(call)
-    parts = []
-    for rows in torch.arange(call.queries, device=call.q.device).split(each):
-        if call.needs_grad:
-            parts.append(checkpoint(reference.attend_rows, call, rows, use_reentrant=False))
-        else:
-            parts.append(reference.attend_rows(call, rows))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1).unflatten(1, call.q_grid), torch.cat(lses, 1).unflatten(1, call.q_grid)
+    if call.batch * call.heads * call.queries * call.keys <= SCORES or transforms.fixed():
+        out, lse = reference.attend_rows(call)
+        return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid)
+    return reference.by_rows(call, SCORES, reference.attend_rows)
 
 
 def differentiable(call: Call, out: Tensor) -> Tensor:
