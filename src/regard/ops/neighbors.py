@@ -29,7 +29,7 @@ from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan
 from .tracing import constant_in_graphs
-from .transforms import differentiated
+from .transforms import differentiated, is_finite, readable
 
 
 def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
@@ -227,6 +227,18 @@ def _sums_by_tap(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Tens
     return (weights.masked_fill(absent, 0.0).unsqueeze(-1) * values).sum(2)
 
 
+def _shares_by_tap(weights: Tensor, x: Tensor, spec: str, grid: list[int]) -> Tensor:
+    """:func:`neighbor_shares` likewise, for plain gradients."""
+    flat, real = _places(spec, tuple(map(operator.index, grid)))
+    sent = (weights.unsqueeze(-1) * x.unsqueeze(2))[:, torch.from_numpy(real).to(x.device)]
+    return torch.zeros_like(x).index_add_(1, torch.from_numpy(flat[real]).to(x.device), sent.to(x.dtype))
+
+
+def _spoils(values: Tensor, weights: Tensor) -> bool:
+    """Whether the zeros beside the taps of a tile would spread a value that is not finite."""
+    return readable(values) and not (is_finite(values) and is_finite(weights))
+
+
 @cached(64)
 def _taps_of(spec: str, grid: tuple[int, ...], device: torch.device) -> tuple[Taps, ...]:
     plan = _plan(spec, grid)
@@ -316,6 +328,8 @@ def neighbor_products(q: Tensor, k: Tensor, spec: str, grid: list[int], fill: fl
 @torch.library.custom_op("regard::neighbor_sums", mutates_args=())
 def neighbor_sums(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Tensor:
     """Sums ``(items, tokens, dim)`` of ``v (items, tokens, dim)`` with ``weights (items, tokens, taps)``."""
+    if _spoils(v, weights):
+        return _sums_by_tap(weights, v, spec, grid)
     taps, values = _rows(weights, "taps"), _rows(v, "v")
     out = torch.empty_like(values.rows)
     with torch.autocast(v.device.type, enabled=False):
@@ -328,6 +342,8 @@ def neighbor_sums(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Ten
 @torch.library.custom_op("regard::neighbor_shares", mutates_args=())
 def neighbor_shares(weights: Tensor, x: Tensor, spec: str, grid: list[int]) -> Tensor:
     """What each key receives ``(items, tokens, dim)`` when queries send ``x`` with ``weights``: the transposed sum."""
+    if _spoils(x, weights):
+        return _shares_by_tap(weights, x, spec, grid)
     taps, sent = _rows(weights, "taps"), _rows(x, "sent")
     out = torch.zeros_like(sent.rows)
     with torch.autocast(x.device.type, enabled=False):
