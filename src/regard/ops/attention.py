@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_flag, shown
 from .call import Bias, Group, Source, break_up, check_sink, check_sources, join_dense, starts
 from .dispatch import run
-from .merging import merge
+from .merging import merge, shares_of
 from .observe import OBSERVERS, Record
 from .patterns import Dense, Pattern
 
@@ -47,7 +47,8 @@ def attend(
         bias: added to the scaled logits, see :class:`Source`. Always gets its gradient.
         valid: ``(batch, *grid)`` boolean, True where a key exists.
         scale: factor on the logits; None is ``head_dim ** -0.5``.
-        sink: logit of an extra key with value zero, a number or one per head, ``(heads,)``.
+        sink: logit of an extra key with value zero, a number or one per head, ``(heads,)``; ``-inf`` is none, ``inf`` takes
+            everything.
         q_start: coordinates of the first query on the key grid (decoding, sharding).
         dropout: probability of dropping an attention weight; the caller passes 0 when not training.
         return_lse: also return the log-sum-exp of each row, ``(batch, *grid, heads)`` in float32 (float64 for float64); it
@@ -98,8 +99,8 @@ def _combine(
     out, lse = merge([out for out, _ in results], lses) if len(results) > 1 else (results[0][0], lses[0])
     if sink is not None:
         logit = torch.as_tensor(sink, dtype=lse.dtype, device=lse.device)
-        out = out * torch.sigmoid(lse - logit).unsqueeze(-1).to(out.dtype)
-        lse = torch.logaddexp(lse, logit.expand_as(lse))
+        (share, _), lse = shares_of([lse, logit.expand_as(lse)])
+        out = out * share.unsqueeze(-1).to(out.dtype)
     return out, lse
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..caches import Cache
 from ..checks import FLOATS, INTEGERS, LARGEST, check_integer, check_number, check_tensor, shown
+from . import transforms
 from .footprint import Footprint
 from .patterns import Blocks, Causal, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, leaves, tensors_of
 
@@ -125,8 +126,17 @@ class Call:
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.bias, self.table.table if self.table else None)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.carriers)
+
+    @property
+    def carriers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The tensors that carry derivatives: q, k, v, the bias and the bias table."""
+        return self.q, self.k, self.v, self.bias, self.table.table if self.table else None
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether derivatives are being taken that fused operators do not have."""
+        return transforms.differentiated(*self.carriers)
 
     def positions(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Coordinates of the queries ``(queries, 1, rank)`` and of the keys ``(1, keys, rank)``."""
@@ -150,7 +160,7 @@ class Call:
 
     def _keeps_visible(self) -> bool:
         """Whether the next call of this kind may find it as it was: plain tensors, and not too many pairs."""
-        plain = type(self.q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        plain = type(self.q) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not transforms.active()
         return plain and self.pattern.static and self.queries * self.keys <= KEPT_PAIRS
 
     def _kept_visible(self) -> Tensor:
@@ -291,7 +301,9 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
             raise ValueError(f"valid must be bool of shape {tuple(k.shape[:-2])}; got {shown(valid)}")
     start = starts(q, q_start)
     if pattern.flat and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
-        raise ValueError(f"{pattern!r} counts queries and keys on grids of other ranks: q_start must be one number; got {start}")
+        raise ValueError(
+            f"{pattern!r} counts queries and keys on grids of other ranks: q_start must be one number; got {start}"
+        )
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
         dropout=dropout, need_lse=need_lse, device=q.device,
@@ -451,7 +463,9 @@ def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
     padded = math.prod([n + before + after for n, (before, after) in zip(call.k_grid, zeros, strict=True)])
     each = call.batch * max(call.k.shape[-1], call.v.shape[-1]) * call.k.shape[-2]
     if padded > 64 * call.keys and padded * max(each, 1) > LARGEST // 4:
-        raise ValueError(f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory should hold: {padded}")
+        raise ValueError(
+            f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory should hold: {padded}"
+        )
     widths = [n for before, after in reversed(zeros) for n in (before, after)]
     k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (call.k, call.v))
     valid = None if call.valid is None else F.pad(call.valid, widths, value=True)

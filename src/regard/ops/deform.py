@@ -9,9 +9,13 @@ arXiv:1811.11168 (weights); Pan et al., LITv2, arXiv:2205.13213.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .transforms import again, differentiated, fixed
 
 
 def sample_points(v: Tensor, points: Tensor) -> Tensor:
@@ -46,9 +50,36 @@ def sample_points(v: Tensor, points: Tensor) -> Tensor:
     out = points.shape[1:-3]
     unit = unit.flip(-1).movedim(-3, 1).reshape(batch * heads, -1, points.shape[-2], 2)
     maps = v.permute(0, 3, 4, 1, 2).reshape(batch * heads, dim, rows, columns).to(kind)
-    sampled = F.grid_sample(maps, unit, padding_mode="zeros", align_corners=False)
+    sampled = _sample(maps, unit)
     sampled = sampled.permute(0, 2, 3, 1).unflatten(0, (batch, heads)).movedim(1, 2)
     return sampled.unflatten(1, out).to(v.dtype)  # (batch, *out, heads, points, dim)
+
+
+def _sample(maps: Tensor, unit: Tensor) -> Tensor:
+    """``torch.nn.functional.grid_sample``, whose own gradient is not differentiable."""
+    if differentiated(maps, unit):
+        return _interpolated(maps, unit)[0]
+    sampled = F.grid_sample(maps, unit, padding_mode="zeros", align_corners=False)
+    needed = torch.is_grad_enabled() and (maps.requires_grad or unit.requires_grad)
+    return again(sampled, _interpolated, maps, unit) if needed and not fixed() else sampled
+
+
+def _interpolated(maps: Tensor, unit: Tensor) -> tuple[Tensor]:
+    """Samples ``(items, dim, out, points)`` of ``maps (items, dim, rows, columns)`` at ``unit (items, out, points, 2)``."""
+    rows, columns = maps.shape[-2:]
+    places = [((unit[..., 1 - axis] + 1) * n - 1) / 2 for axis, n in enumerate((rows, columns))]
+    cells = [p.detach().floor() for p in places]
+    y = maps.new_zeros(())
+    for step in itertools.product((0, 1), (0, 1)):
+        at = [c + s for c, s in zip(cells, step, strict=True)]
+        near = [1 - (p - a).abs() for p, a in zip(places, at, strict=True)]
+        inside = (at[0] >= 0) & (at[0] < rows) & (at[1] >= 0) & (at[1] < columns)
+        index = (at[0].clamp(0, rows - 1) * columns + at[1].clamp(0, columns - 1)).long()
+        found = (
+            maps.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, maps.shape[1], -1)).unflatten(-1, index.shape[1:])
+        )
+        y = y + found * (near[0] * near[1] * inside).unsqueeze(1)
+    return (y,)
 
 
 def deform_sample(v: Tensor, points: Tensor, weights: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from .linear_call import Call, LinearState, check_inputs, pose
 from .linear_features import FeatureMap
 from .linear_spans import existing, readable
 from .observe import WATCHERS, Weighing, tell
+from .transforms import PLAIN_ONLY, differentiated
 
 BACKENDS = ("auto", "naive", "chunked", "native", "triton")
 CHUNK = 64
@@ -103,9 +104,16 @@ def linear_attend(
     if chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of two; got {chunk}")
     check_choice("backend", backend, BACKENDS)
-    problems = {"triton": partial(_triton_problem, chunk=chunk), "native": _native_problem}
+    problems: dict[str, Callable[[Call], str | None]] = {
+        "triton": partial(_triton_problem, chunk=chunk),
+        "native": _native_problem,
+    }
     if backend in problems and (why := problems[backend](call)) is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {why}")
+    if backend != "naive" and differentiated(*_carriers(call, v)):
+        if backend != "auto":
+            raise ValueError(f"backend {backend!r} cannot run this call: {PLAIN_ONLY}")
+        backend = "naive"
     if WATCHERS:
         tell(_weighing(q, k, v, call))
     values, tokens = v.flatten(1, -3), operator.index(call.q.shape[1])
@@ -124,6 +132,12 @@ def linear_attend(
         return y
     assert final is not None  # it was checked that there is one
     return y, final
+
+
+def _carriers(call: Call, v: Tensor) -> tuple[Tensor | None, ...]:
+    """The tensors that carry derivatives; features have been taken already."""
+    scale = call.scale if isinstance(call.scale, Tensor) else None
+    return call.q, call.k, v, call.decay, scale, *(call.state or ())
 
 
 def _triton_problem(call: Call, chunk: int) -> str | None:
@@ -403,6 +417,17 @@ def _naive(call: Call, v: Tensor) -> tuple[Tensor, LinearState | None]:
         memory = memory + call.state.memory * past[..., None]
         total = total if call.state.total is None else total + call.state.total * past
     return y, _state(call, memory, total)
+
+
+def scan_definition(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, valid: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`regard.ops.linear_chunks.linear_scan` by the definition."""
+    before = None if state is None else LinearState(state)
+    call = Call(q, k, activation, "none", None, 0.0, True, decay, 1.0, valid, before)
+    y, final = _naive(call, v)
+    assert final is not None  # in order there is a state
+    return y.to(v.dtype), final.memory
 
 
 def _weighing(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Weighing:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ from .linear_spans import (
     wide_dtype,
 )
 from .native import linear as native_linear
+from .transforms import gradients
 
 STEEP = 2.0**24
 """How many times the smallest normal number a divisor must be for a gradient: so much larger may the products with its
@@ -216,6 +218,12 @@ def _scan_context(ctx, inputs, output):
 def _scan_autograd(ctx, grad, grad_final):
     q, k, v, decay, state, valid = ctx.saved_tensors
     need_decay = decay is not None and ctx.needs_input_grad[3]
+    if torch.is_grad_enabled():  # the gradient is to be differentiated
+        from .linear import scan_definition  # which is made of this module
+
+        define = partial(scan_definition, activation=ctx.static[0])
+        tensors = q, k, v, decay, state, valid
+        return *gradients(define, tensors, (*ctx.needs_input_grad[:5], False), (grad, grad_final)), *[None] * 3
     if grad is None:
         grad = v.new_zeros(*q.shape[:-1], v.shape[-1])
     *grads, grad_decay, grad_state = linear_scan_backward(
@@ -340,7 +348,19 @@ def _memory_context(ctx, inputs, output):
     ctx.static = static
 
 
+def _memory_definition(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    keys = ACTIVATIONS[activation][0](k.to(wide_dtype(k)))
+    if valid is not None:
+        keys = keys.masked_fill(~valid[..., None, None], 0.0)
+        v = v.masked_fill(~valid[..., None, None], 0.0)
+    return torch.einsum("bthd,bthe->bhde", keys, v.to(keys.dtype)), keys.sum(1)
+
+
 def _memory_autograd(ctx, grad, grad_total):
+    if torch.is_grad_enabled():  # the gradient is to be differentiated
+        define = partial(_memory_definition, activation=ctx.static[0])
+        needed = (*ctx.needs_input_grad[:2], False)
+        return *gradients(define, ctx.saved_tensors, needed, (grad, grad_total)), None, None
     return *linear_memory_backward(grad, grad_total, *ctx.saved_tensors, *ctx.static), None, None, None
 
 
@@ -468,8 +488,22 @@ def _read_context(ctx, inputs, output):
     ctx.static = static
 
 
+def _read_definition(
+    q: Tensor, memory: Tensor, total: Tensor | None, floor: float | None, eps: float, activation: str
+) -> tuple[Tensor]:
+    queries = ACTIVATIONS[activation][0](q.to(wide_dtype(q)))
+    y = torch.einsum("bthd,bhde->bthe", queries, memory)
+    if total is not None:
+        y = y * inverse(torch.einsum("bthd,bhd->bth", queries, total), floor, eps).unsqueeze(-1)
+    return (y.to(q.dtype),)
+
+
 def _read_autograd(ctx, grad, _):
     q, memory, total, inverse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient is to be differentiated
+        floor, eps, activation, _ = ctx.static
+        define = partial(_read_definition, floor=floor, eps=eps, activation=activation)
+        return *gradients(define, (q, memory, total), ctx.needs_input_grad[:3], (grad,)), *[None] * 4
     grad_q, grad_memory, grad_total = linear_read_backward(grad, q, memory, total, inverse, *ctx.static)
     return grad_q, grad_memory, None if total is None else grad_total, *[None] * 4
 

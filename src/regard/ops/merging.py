@@ -20,7 +20,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
     Args:
         outs: outputs ``(..., value_dim)``.
-        lses: their log-sum-exps ``(...)``; ``-inf`` marks rows that saw nothing.
+        lses: their log-sum-exps ``(...)``; ``-inf`` marks rows that saw nothing, ``inf`` those that outweigh any other.
 
     Returns:
         The merged output and log-sum-exp.
@@ -30,17 +30,26 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     """
     if len(outs) != len(lses) or not outs:
         raise ValueError(f"merge needs as many lses as outs, at least one; got {len(outs)} outs, {len(lses)} lses")
+    shares, lse = shares_of(lses)
+    out = outs[0] * shares[0].unsqueeze(-1).to(outs[0].dtype)
+    for other, share in zip(outs[1:], shares[1:], strict=True):
+        out = out + other * share.unsqueeze(-1).to(other.dtype)
+    return out, lse
+
+
+def shares_of(lses: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Each part's share in a softmax over all of them, and the log-sum-exp of the whole.
+
+    Parts of ``-inf`` have none, also where all are; those of ``inf`` share everything evenly.
+    """
     top = lses[0].detach()
     for lse in lses[1:]:
         top = torch.maximum(top, lse.detach())
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = [torch.exp(lse - top) for lse in lses]
+    endless = top.isinf()
+    finite = [torch.exp(lse.masked_fill(endless, 0.0) - top.masked_fill(endless, 0.0)) for lse in lses]
+    weights = [torch.where(endless, (lse == torch.inf).to(w.dtype), w) for lse, w in zip(lses, finite, strict=True)]
     total = weights[0]
     for weight in weights[1:]:
         total = total + weight
-    empty = total == 0
-    share = 1.0 / total.masked_fill(empty, 1.0)
-    out = sum((o * (w * share).unsqueeze(-1).to(o.dtype) for o, w in zip(outs[1:], weights[1:], strict=True)),
-              outs[0] * (weights[0] * share).unsqueeze(-1).to(outs[0].dtype))  # fmt: skip
-    lse = top + torch.log(total.masked_fill(empty, 1.0))
-    return out, lse.masked_fill(empty, -torch.inf)
+    total = total.masked_fill(top == -torch.inf, 1.0)
+    return [w / total for w in weights], top + torch.log(total)

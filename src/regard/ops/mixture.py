@@ -8,6 +8,7 @@ arXiv:2202.08906.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .observe import WATCHERS, Weighing, tell
+from .transforms import again, differentiated, fixed
 
 
 class Mixture(NamedTuple):
@@ -74,10 +76,23 @@ def chosen_attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, scale: flo
     seats = chosen.flatten(1, -2).transpose(1, 2)
     at = seats.to(torch.uint8).topk(int(seats.sum(-1).max()), -1, sorted=False).indices[..., None]
     own = queries.gather(2, at.expand(-1, -1, -1, q.shape[-1]))
-    found = F.scaled_dot_product_attention(own, keys, values, scale=scale) * seats[..., None].gather(2, at)
+    found = _attended(own, keys, values, scale) * seats[..., None].gather(2, at)
     y = found.new_zeros(*q.shape[:-1], v.shape[-1])
     y.flatten(1, -3).transpose(1, 2).scatter_(2, at.expand(-1, -1, -1, v.shape[-1]), found)
     return y
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Torch's fused attention, whose own gradient is not differentiable."""
+    define = partial(_defined, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    if differentiated(q, k, v):
+        return define(q, k, v)[0]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return again(out, define, q, k, v) if out.requires_grad and not fixed() else out
+
+
+def _defined(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
+    return (torch.softmax(q @ k.transpose(-2, -1) * scale, -1) @ v,)
 
 
 def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan
 from .tracing import constant_in_graphs
+from .transforms import differentiated, is_finite, readable
 
 
 def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
@@ -47,7 +48,8 @@ def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
         ValueError: shapes that differ, or another kind of pattern.
     """
     pattern, grid = _checked(pattern, q, k, "q and k", q.shape == k.shape)
-    return _unfolded(neighbor_products(_folded(q), _folded(k), pattern.spec, list(grid), -torch.inf), q)
+    products = _products_by_tap if differentiated(q, k) else neighbor_products
+    return _unfolded(products(_folded(q), _folded(k), pattern.spec, list(grid), -torch.inf), q)
 
 
 def neighbor_sum(weights: Tensor, v: Tensor, pattern: Pattern | str) -> Tensor:
@@ -69,7 +71,8 @@ def neighbor_sum(weights: Tensor, v: Tensor, pattern: Pattern | str) -> Tensor:
     taps = math.prod(_taps(pattern.spec, grid))
     if weights.shape[-1] != taps:
         raise ValueError(f"{pattern!r} has {taps} taps on the grid {grid}; got weights {tuple(weights.shape)}")
-    return _unfolded(neighbor_sums(_folded(weights), _folded(v), pattern.spec, list(grid)), v)
+    sums = _sums_by_tap if differentiated(weights, v) else neighbor_sums
+    return _unfolded(sums(_folded(weights), _folded(v), pattern.spec, list(grid)), v)
 
 
 def neighbor_bias(table: Tensor, pattern: Pattern | str, grid: Sequence[int]) -> Tensor:
@@ -198,6 +201,45 @@ def _constant_offsets(spec: str, grid: tuple[int, ...], sizes: tuple[int, ...], 
 
 
 @cached(64)
+def _places(spec: str, grid: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Flat index of the key at each tap of each token ``(tokens, taps)``, and which taps have one."""
+    _, flat, real = _keys(spec, grid, np.arange(math.prod(grid)))
+    return np.where(real, flat, 0), real
+
+
+def _gathered(x: Tensor, spec: str, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``x (items, tokens, dim)`` at each tap ``(items, tokens, taps, dim)``, and which taps have no key ``(tokens, taps)``."""
+    flat, real = _places(spec, tuple(map(operator.index, grid)))
+    at, absent = torch.from_numpy(flat).to(x.device), torch.from_numpy(~real).to(x.device)
+    found = x.index_select(1, at.flatten()).unflatten(1, at.shape)
+    return found.masked_fill(absent[..., None], 0.0), absent
+
+
+def _products_by_tap(q: Tensor, k: Tensor, spec: str, grid: list[int], fill: float) -> Tensor:
+    """:func:`neighbor_products` in operators of torch that know all transforms; every key is moved once for each tap."""
+    keys, absent = _gathered(k, spec, grid)
+    return (q.unsqueeze(2) * keys).sum(-1).masked_fill(absent, fill)
+
+
+def _sums_by_tap(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Tensor:
+    """:func:`neighbor_sums` likewise."""
+    values, absent = _gathered(v, spec, grid)
+    return (weights.masked_fill(absent, 0.0).unsqueeze(-1) * values).sum(2)
+
+
+def _shares_by_tap(weights: Tensor, x: Tensor, spec: str, grid: list[int]) -> Tensor:
+    """:func:`neighbor_shares` likewise, for plain gradients."""
+    flat, real = _places(spec, tuple(map(operator.index, grid)))
+    sent = (weights.unsqueeze(-1) * x.unsqueeze(2))[:, torch.from_numpy(real).to(x.device)]
+    return torch.zeros_like(x).index_add_(1, torch.from_numpy(flat[real]).to(x.device), sent.to(x.dtype))
+
+
+def _spoils(values: Tensor, weights: Tensor) -> bool:
+    """Whether the zeros beside the taps of a tile would spread a value that is not finite."""
+    return readable(values) and not (is_finite(values) and is_finite(weights))
+
+
+@cached(64)
 def _taps_of(spec: str, grid: tuple[int, ...], device: torch.device) -> tuple[Taps, ...]:
     plan = _plan(spec, grid)
     return tuple(
@@ -286,6 +328,8 @@ def neighbor_products(q: Tensor, k: Tensor, spec: str, grid: list[int], fill: fl
 @torch.library.custom_op("regard::neighbor_sums", mutates_args=())
 def neighbor_sums(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Tensor:
     """Sums ``(items, tokens, dim)`` of ``v (items, tokens, dim)`` with ``weights (items, tokens, taps)``."""
+    if _spoils(v, weights):
+        return _sums_by_tap(weights, v, spec, grid)
     taps, values = _rows(weights, "taps"), _rows(v, "v")
     out = torch.empty_like(values.rows)
     with torch.autocast(v.device.type, enabled=False):
@@ -298,6 +342,8 @@ def neighbor_sums(weights: Tensor, v: Tensor, spec: str, grid: list[int]) -> Ten
 @torch.library.custom_op("regard::neighbor_shares", mutates_args=())
 def neighbor_shares(weights: Tensor, x: Tensor, spec: str, grid: list[int]) -> Tensor:
     """What each key receives ``(items, tokens, dim)`` when queries send ``x`` with ``weights``: the transposed sum."""
+    if _spoils(x, weights):
+        return _shares_by_tap(weights, x, spec, grid)
     taps, sent = _rows(weights, "taps"), _rows(x, "sent")
     out = torch.zeros_like(sent.rows)
     with torch.autocast(x.device.type, enabled=False):

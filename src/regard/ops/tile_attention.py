@@ -48,6 +48,13 @@ def triangle(queries: int, keys: int, dtype: torch.dtype, device: torch.device, 
     return torch.full((1, 1, queries, keys), -torch.inf, dtype=dtype, device=device).triu_(first + 1)
 
 
+def _drawn(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor | None, bool]:
+    """The mask, with the triangle in it where the fused operator would make that wrong: it masks before it scales."""
+    if not causal or scale > 0:
+        return mask, causal
+    return triangle(q.shape[2], k.shape[2], q.dtype, q.device), False
+
+
 def _slices(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Queries whose scores are held at once, the keys that they may see, and their mask."""
     n, heads, tq, _ = q.shape
@@ -74,6 +81,7 @@ def attend_tiles(
         parts = [_exact_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale) for i, j, part in _slices(q, k, mask, causal)]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
+    mask, causal = _drawn(q, k, mask, causal, scale)
     if _fused(q) and not multiplies(q.device, q.shape[1] * q.shape[2] * k.shape[2], k.shape[2]):
         return _FUSED(q, k, v, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
     parts = [_products(q[:, :, i], k[:, :, j], v[:, :, j], part, scale, need_lse) for i, j, part in _slices(q, k, mask, causal)]
@@ -154,6 +162,7 @@ def attend_tiles_backward(
     ``out`` and ``lse`` are those of the whole softmax, of which these keys may be one part. ``exact`` as in
     :func:`attend_tiles`.
     """
+    mask, causal = _drawn(q, k, mask, causal, scale)
     if not exact and _fused(q) and grad_lse is None and not need_scores:
         grads = _FUSED_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_mask(mask, q, k), scale=scale)
         return (*grads, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backends import reference
 from .call import Call, Source, break_up
+from .merging import shares_of
 from .observe import Record
 
 CHUNK = 1 << 24
@@ -94,13 +95,14 @@ def _weights(q: Tensor, broken, rows: Tensor, sink: Tensor | float | None) -> li
     if sink is not None:
         logit = torch.as_tensor(sink, dtype=lses[0].dtype, device=q.device).reshape(-1, 1)
         lses.append(logit.expand_as(lses[0]))
-    share, _ = reference.normalise(torch.stack(lses, -1))  # of each source in the whole softmax
-    return [w * share[..., i : i + 1] for i, w in enumerate(within)]
+    shares, _ = shares_of(lses)
+    return [w * share.unsqueeze(-1) for w, share in zip(within, shares, strict=False)]  # the sink has no keys
 
 
 def _within(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Weights ``(batch, heads, rows, keys)`` among the keys of one call, without its zero keys, and the lse with them."""
-    weights, lse = reference.normalise(reference.logits(call, rows))
+    call, careful = reference.guarded(call)
+    weights, lse = reference.normalise((reference.pair_logits if careful else reference.logits)(call, rows))
     if any(any(pair) for pair in call.zeros):
         inside = tuple(slice(before, before + n) for (before, _), n in zip(call.zeros, call.k_grid, strict=True))
         weights = weights.unflatten(-1, call.padded_grid)[(..., *inside)].flatten(3)

@@ -7,13 +7,15 @@ its log-sum-exp: where it is asked for, some queries at a time run by the defini
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..call import Call
+from .. import transforms
+from ..call import Call, HeadTable
 from ..patterns import Causal
 from ..tile_attention import SCORES
 from . import reference
@@ -24,6 +26,11 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    if call.is_differentiated:
+        return reference.run(call)
+    call, careful = reference.guarded(call)
+    if careful:
+        return reference.run_pairs(call)
     if call.need_lse:
         return _run_rows(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
@@ -32,7 +39,8 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         # the fused kernel takes one width; more zeros change no logit, and no value that is kept
         q, k, v = (F.pad(t, [0, max(width, q.shape[-1]) - t.shape[-1]]) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and call.bias is None and call.valid is None
+    plain = call.bias is None and call.valid is None and call.scale > 0  # torch's kernels mask before they scale
+    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and plain
     mask = None if causal else call.mask()
     bias = call.dense_bias()
     if bias is not None:
@@ -47,22 +55,33 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out = out[..., :width]
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2).unflatten(1, call.q_grid), None
+    out = out.transpose(1, 2).unflatten(1, call.q_grid)
+    return differentiable(call, out), None
 
 
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
     """The definition for as many queries at a time as leave ``SCORES`` scores; a graph under trace or transform takes all."""
-    each = max(1, SCORES // (call.batch * call.heads * call.keys))
-    if each >= call.queries or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return reference.run(call)
-    parts = []
-    for rows in torch.arange(call.queries, device=call.q.device).split(each):
-        if call.needs_grad:
-            parts.append(checkpoint(reference.attend_rows, call, rows, use_reentrant=False))
-        else:
-            parts.append(reference.attend_rows(call, rows))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1).unflatten(1, call.q_grid), torch.cat(lses, 1).unflatten(1, call.q_grid)
+    if call.batch * call.heads * call.queries * call.keys <= SCORES or transforms.fixed():
+        out, lse = reference.attend_rows(call)
+        return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid)
+    return reference.by_rows(call, SCORES, reference.attend_rows)
+
+
+def differentiable(call: Call, out: Tensor) -> Tensor:
+    """The output of an operator of torch, whose gradient can be differentiated by way of the definition.
+
+    With dropout the definition would drop other weights: torch's formula stays, on a CPU one that can be differentiated.
+    """
+    if not call.needs_grad or call.dropout or transforms.fixed():
+        return out
+    none = call.q.new_empty(0)  # the tensors themselves are kept by autograd
+    table = None if call.table is None else HeadTable(none, call.table.pattern)
+    bare = replace(call, q=none, k=none, v=none, bias=None, table=table)
+    return transforms.again(out, partial(_output, bare), *call.carriers)
+
+
+def _output(call: Call, *tensors: Tensor) -> tuple[Tensor]:
+    return (reference.of_tensors(call, *tensors)[0],)
 
 
 def may_be_empty(call: Call) -> bool:

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # importing it takes seconds: it imports dynamo
 
 from ...caches import Cache, cached
+from .. import transforms
 from ..call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
+from . import dense, reference
 
 BLOCK = 128
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
@@ -49,6 +51,10 @@ def available() -> str | None:
 def supports(call: Call) -> str | None:
     if torch.compiler.is_compiling():
         return "compiles by itself, not inside a compiled graph"
+    if call.is_differentiated:
+        return transforms.PLAIN_ONLY
+    if transforms.active():
+        return "compiles by itself, not under torch.vmap"
     if call.dropout:
         return "no attention dropout"
     if _mask_of(call.pattern) is None:
@@ -70,6 +76,9 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    call, careful = reference.guarded(call)
+    if careful:
+        return reference.run_pairs(call)
     q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (call.q, call.k, call.v))
     if not call.needs_grad:  # on CPU even the mark is refused
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -82,7 +91,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         )  # fmt: skip
     out, lse = result if call.need_lse else (result, None)
     out = out.transpose(1, 2).unflatten(1, call.q_grid)
-    return out, None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
+    return dense.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
 
 
 @cached(1)

@@ -14,8 +14,10 @@ import sys
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..call import Call
 from ..patterns import Neighborhood
+from . import dense, reference
 
 INSTALLED = importlib.util.find_spec("natten") is not None
 PACKED = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +37,10 @@ def supports(call: Call) -> str | None:
         return "natten is regard itself, see regard.compat.natten"
     if torch.compiler.is_compiling():
         return "not inside a compiled graph"
+    if call.is_differentiated:
+        return transforms.PLAIN_ONLY
+    if transforms.active():
+        return "not under torch.vmap"
     if call.bias is not None or call.table is not None:
         return "no bias"
     if call.valid is not None or call.dropout:
@@ -76,6 +82,9 @@ def _device_problem(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    call, careful = reference.guarded(call)
+    if careful:
+        return reference.run_pairs(call)
     from natten import na1d, na2d, na3d
 
     tensors = (call.q, call.k, call.v) if call.needs_grad else (call.q.detach(), call.k.detach(), call.v.detach())
@@ -83,7 +92,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out, lse = (na1d, na2d, na3d)[call.rank - 1](
         *tensors, kernel_size, stride=stride, dilation=dilation, is_causal=causal, scale=call.scale, return_lse=True
     )
-    return out, lse.float() if call.need_lse else None
+    return dense.differentiable(call, out), lse.float() if call.need_lse else None
 
 
 def _per_axis(call: Call) -> tuple[tuple, tuple, tuple, tuple]:

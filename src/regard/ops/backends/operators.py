@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..call import Call
+from ..call import Call, HeadTable
+from ..patterns import Blocks, parse
+from ..transforms import gradients
+from . import reference
 
 
 def lse_like(q: Tensor) -> Tensor:
@@ -19,6 +23,21 @@ def lse_like(q: Tensor) -> Tensor:
 def differentiated(call: Call) -> bool:
     """Whether a backward may come, which needs the log-sum-exp."""
     return call.needs_grad or (torch.is_grad_enabled() and torch._C._are_functorch_transforms_active())
+
+
+def _call(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale) -> Call:
+    """What an operator was asked for, as it was put to the backend."""
+    return Call(
+        q, k, v,
+        Blocks(blocks, tuple(block)) if block else parse(spec),
+        scale,
+        table=None if table is None else HeadTable(table, parse(bias_spec)),
+        valid=valid,
+        q_start=tuple(q_start),
+        zeros=tuple(zip(zeros[::2], zeros[1::2], strict=True)),
+        need_lse=True,
+        device=q.device,
+    )  # fmt: skip
 
 
 def complete(forward, backward, flops: Callable[..., int], backward_flops: Callable[..., int]) -> None:
@@ -53,6 +72,11 @@ def complete(forward, backward, flops: Callable[..., int], backward_flops: Calla
         *tensors, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            define = partial(reference.of_tensors, _call(*tensors, *ctx.static))
+            needed = (*ctx.needs_input_grad[:3], False, ctx.needs_input_grad[3])
+            dq, dk, dv, _, dtable = gradients(define, (*tensors[:3], None, tensors[3]), needed, (grad_out, grad_lse))
+            return dq, dk, dv, dtable, *[None] * (3 + len(ctx.static))
         need_table = tensors[3] is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dtable = backward(grad_out, grad_lse, *tensors, out, lse, *ctx.static, need_table)
         return dq, dk, dv, dtable if need_table else None, *[None] * (3 + len(ctx.static))

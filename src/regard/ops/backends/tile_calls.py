@@ -18,11 +18,14 @@ from ..call import Call
 from ..patterns import Blocks, Ints
 from ..tiling import TilePlan, tile_plan
 from ..tracing import constant_in_graphs
+from ..transforms import PLAIN_ONLY
 from .operators import differentiated, lse_like
 
 
 def supports(call: Call) -> str | None:
     """Why a call cannot run on tiles, None where it can."""
+    if call.is_differentiated:
+        return PLAIN_ONLY
     if call.bias is not None:
         return "a dense bias belongs to dense attention"
     if call.dropout:

@@ -28,7 +28,9 @@ from torch import Tensor
 from ..call import Call
 from ..patterns import Blocks, Separable, Tokens
 from ..tracing import constant_in_graphs
+from ..transforms import PLAIN_ONLY
 from ..triton.boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
+from . import reference
 from .operators import complete, differentiated, lse_like
 from .tile_calls import nothing_changes, nothing_seen, nothing_to_do
 
@@ -83,6 +85,8 @@ def interpreted() -> bool:
 def supports(call: Call) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
+    if call.is_differentiated:
+        return PLAIN_ONLY
     if call.bias is not None:
         return "a dense bias belongs to dense attention"
     if call.dropout:
@@ -134,6 +138,9 @@ def _key(call: Call) -> tuple:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
+    call, careful = reference.guarded(call)
+    if careful:
+        return reference.run_pairs(call)
     routed = call.pattern if isinstance(call.pattern, Blocks) else None
     out, lse = triton_attention(
         call.q, call.k, call.v,

@@ -31,7 +31,9 @@ def run(path: str) -> None:
     for kind in TOLERANCE:
         for pattern in ("neighborhood(5)", "axis(0)|window(4)"):
             found, expected = (
-                _with_gradients(lambda *x, name=name, p=pattern: attend(*x, p, valid=valid, backend=name), (q, k, v), kind)
+                _with_gradients(
+                    lambda q, k, v, name=name, p=pattern: attend(q, k, v, p, valid=valid, backend=name), (q, k, v), kind
+                )
                 for name in ("native", "reference")
             )
             _compare(f"attention of {pattern} in {kind}", found, expected, TOLERANCE[kind])

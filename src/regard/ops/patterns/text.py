@@ -97,7 +97,8 @@ def _build(node: ast.expr) -> Pattern:
         if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Dict) or None in call.args[0].keys:
             raise ValueError("PerHead takes a dict from patterns to numbers of heads")
         groups = call.args[0]
-        return PerHead(tuple((_build(k), _value(v)) for k, v in zip(groups.keys, groups.values, strict=True) if k))
+        members = zip(groups.keys, groups.values, strict=True)
+        return PerHead(tuple((_build(k), _value(v)) for k, v in members if k))  # type: ignore[misc]  # PerHead checks the numbers
     return _make(_CONSTRUCTORS[name], name, call)
 
 
