@@ -244,9 +244,9 @@ def explain(
     out: Annotated[Path, typer.Option(help="Two files are written: with .png and .html appended.")] = Path("regard-explain"),
 ) -> None:
     """Where a model looks on a photograph: a PNG, and a page with all heads."""
+    from .files import write_atomically
     from .lens.explain import explain as look
     from .lens.explain import inputs_of, open_model, square
-    from .train.files import write_atomically
 
     built, title, side = open_model(model, classes)
     photo, place = square(image, size or side, query)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .. import lens
 from ..data import VisionData
+from ..files import read_json, write_atomically, write_json
 from ..models.registry import create_model
 from .contenders import Contender
-from .files import read_json, write_atomically, write_json
 from .fitting import Recipe, fit, loaders
 from .measure import flops, latencies, memory, parameters
 

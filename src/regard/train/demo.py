@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import load_data, photo_crops, photograph, to_grey
+from ..files import read_json, write_json
 from .comparing import Settings, compare, epochs_that_fit, fastest_threads, look
 from .contenders import DEMO, parse_mixer, parse_mixers
-from .files import read_json, write_json
 from .fitting import Recipe
 from .report import write_report
 
