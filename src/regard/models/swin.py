@@ -117,7 +117,9 @@ def swin(
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
     """
-    options = {"window_size": window_size, "pad": "mask" if pad is None else check_choice("pad", pad, PADS)}
+    if pad is not None and pad not in PADS:
+        raise ValueError(f"pad must be 'mask', 'token' or 'timm'; got {pad!r}")
+    options = {"window_size": window_size, "pad": pad or "mask"}
     period = tuple(BlockSpec(RolledWindowAttention, options | {"shift": shift}) for shift in (0, window_size // 2))
     widths = [dim * 2**i for i in range(len(depths))]
     return BackboneSpec(
