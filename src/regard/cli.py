@@ -76,6 +76,9 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 2e-3,
     limit: Annotated[int | None, typer.Option(help="Images of each split that are used.", min=1)] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images; by default that of the first, at most 64.")] = None,
+    bad_images: Annotated[
+        str, typer.Option(help="What to do about images that cannot be read: error lists them, skip leaves them out.")
+    ] = "error",
     seed: Seed = 0,
     out: Out = Path("regard-report"),
     runs: Runs = Path("regard-runs"),
@@ -90,8 +93,8 @@ def compare(
     chosen = _device(device)
     report = compare_on(
         data, mixers, model=model, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, size=size, limit=limit,
-        seed=seed, out=out, runs=runs, fresh=fresh, device=chosen, workers=workers, progress=console.is_terminal,
-        tell=_teller(console),
+        bad=bad_images, seed=seed, out=out, runs=runs, fresh=fresh, device=chosen, workers=workers,
+        progress=console.is_terminal, tell=_teller(console),
     )  # fmt: skip
     _say_where(console, report)
 
@@ -244,10 +247,11 @@ def explain(
     out: Annotated[Path, typer.Option(help="Two files are written: with .png and .html appended.")] = Path("regard-explain"),
 ) -> None:
     """Where a model looks on a photograph: a PNG, and a page with all heads."""
+    from .files import check_folder, write_atomically
     from .lens.explain import explain as look
     from .lens.explain import inputs_of, open_model, square
-    from .train.files import write_atomically
 
+    check_folder("--out", out.parent)
     built, title, side = open_model(model, classes)
     photo, place = square(image, size or side, query)
     found = look(

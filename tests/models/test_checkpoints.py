@@ -131,15 +131,15 @@ def test_nested_and_prefixed_dictionaries_are_opened(wrap):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_files_load_under_any_layout(tmp_path, suffix):
-    model, path = make("swin_tiny_patch4_window7_224"), tmp_path / f"weights.{suffix}"
+    model, path = make("swin_tiny_patch4_window7_224", pad="mask"), tmp_path / f"weights.{suffix}"
     if suffix == "safetensors":
         save_checkpoint(model, path, layout="timm")
         assert load_file(path).keys() == export_state_dict(model, "timm").keys()
     else:
         torch.save({"model": export_state_dict(model, "timm"), "epoch": 1}, path)
-    loaded = make("swin_tiny_patch4_window7_224", pretrained=path)
+    loaded = make("swin_tiny_patch4_window7_224", pretrained=path, pad="mask")
     assert same(model.state_dict(), loaded.state_dict())
-    on_meta = make("swin_tiny_patch4_window7_224", device="meta")
+    on_meta = make("swin_tiny_patch4_window7_224", device="meta", pad="mask")
     load_checkpoint(on_meta, str(path))
     image = torch.randn(1, 3, 40, 48)
     assert torch.equal(on_meta.eval()(image), model.eval()(image))
@@ -203,8 +203,8 @@ def test_a_new_classifier_is_kept_only_when_asked_for(tmp_path):
 
 @pytest.mark.parametrize("layout", ["regard", "official", "timm"])
 def test_cut_backbones_load_whole_checkpoints(layout):
-    model = make("swin_tiny_patch4_window7_224").eval()
-    cut = make("swin_tiny_patch4_window7_224", features_only=True, out_indices=(1, 2)).eval()
+    model = make("swin_tiny_patch4_window7_224", pad="mask").eval()
+    cut = make("swin_tiny_patch4_window7_224", pad="mask", features_only=True, out_indices=(1, 2)).eval()
     assert load_checkpoint(cut, export_state_dict(model, layout)) == layout
     image = torch.randn(1, 3, 56, 40)
     for ours, whole in zip(cut(image), model.get_intermediate_layers(image, (1, 2), reshape=True), strict=True):

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
+
 Run = Callable[[], Any]
 FOUND = ("rows", "left_out", "time_exponent", "memory_exponent", "versions", "measured")
 """What a case holds besides its name and sizes."""
@@ -222,11 +224,7 @@ def write(path: Path, cases: Sequence[Mapping[str, Any]], about: Mapping[str, ob
         cases: what was measured.
         about: the machine, see :func:`machine`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"machine": about, "cases": cases}, indent=1) + "\n")
-    os.replace(draft, path)
-    return path
+    return write_atomically(path, json.dumps({"machine": about, "cases": cases}, indent=1) + "\n")
 
 
 class Book:

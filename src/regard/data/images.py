@@ -20,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..files import one_line
+
 CACHE_BYTES = 2**30
+MOST_PIXELS = 100_000_000
+"""Of an image: a larger one is refused before it is decoded."""
 MEAN, STD = 127.5, 64.0
 
 
@@ -74,6 +78,16 @@ class ImageSet:
         name = str(item) if isinstance(item, Path) else f"{self.origin}, image {index}"
         return decode_image(item, name, self.size)
 
+    def unreadable(self) -> dict[int, str]:
+        """Decode every image: of those that cannot be read, their index and why not, with their names."""
+        found: dict[int, str] = {}
+        for index in range(len(self)):
+            try:
+                self.image(index)
+            except (ValueError, FileNotFoundError) as error:
+                found[index] = str(error)
+        return found
+
     def subset(self, indices: Sequence[int]) -> ImageSet:
         return ImageSet([self.items[i] for i in indices], self.labels[list(indices)].tolist(), self.size, self.origin)
 
@@ -83,19 +97,29 @@ def decode_image(item: Path | bytes, name: str, size: int | None = None) -> Tens
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an image that can be read.
+        ValueError: it is not an image that can be read, or has more than ``MOST_PIXELS``.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(item, Path) and not item.is_file():
         raise FileNotFoundError(f"no image file {name}")
     try:
         with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as opened:
+            width, height = opened.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             picture = as_seen(opened)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {name}: {error}") from error
+    except Exception as error:  # decoders of damaged files raise anything
+        said = one_line(error)
+        reason = "it is no image of a known format, or damaged" if said.startswith("cannot identify") else said
+        raise ValueError(f"cannot read the image {name}: {reason}") from None
     if size is not None and picture.size != (size, size):
         width, height = picture.size
+        if max(width, height) > 8 * min(width, height):  # what lies far from the middle is cut off anyway
+            side = 4 * min(width, height)
+            left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
+            picture = picture.crop((left, top, width - left, height - top))
+            width, height = picture.size
         scale = size / min(width, height)
         picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
@@ -105,10 +129,22 @@ def decode_image(item: Path | bytes, name: str, size: int | None = None) -> Tens
 
 
 def as_seen(opened: Any) -> Any:
-    """A PIL image as a viewer shows it, in RGB: upright, on white where it is transparent, deep greys scaled to 0..255."""
+    """A PIL image as a viewer shows it, in RGB: upright, on white where it is transparent, deep greys scaled to 0..255.
+
+    Fractions of 0..1 are scaled to 0..255; fractions beyond 1 are taken for 0..255.
+
+    Raises:
+        ValueError: fractions that are not finite, below 0 or beyond 255.
+    """
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(opened)
+    if picture.mode == "F":
+        fractions = np.asarray(picture, np.float64)
+        least, most = float(fractions.min()), float(fractions.max())
+        if not (least >= 0.0 and most <= 255.0):  # not finite ones neither
+            raise ValueError(f"its pixels are fractions from {least:g} to {most:g}; they must be from 0 to 1, or from 0 to 255")
+        picture = Image.fromarray((fractions * (255.0 if most <= 1.0 else 1.0)).round().astype(np.uint8))
     if picture.mode.startswith("I"):  # 16 or 32 bits, which Pillow would clip at 255
         grey = np.asarray(picture, np.float64)
         most = 65535.0 if 255.0 < grey.max() <= 65535.0 else max(255.0, float(grey.max()))

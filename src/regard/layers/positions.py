@@ -302,6 +302,20 @@ class PositionTable(nn.Module):
                 table = resize_tokens(table, tuple(x.shape[1:-1]))
         return x + table
 
+    def adapted(self, name: str, table: Tensor) -> Tensor:
+        """A checkpoint's table of another grid, resized to this one's.
+
+        Raises:
+            ValueError: a table of other axes or channels.
+        """
+        own = self.table
+        if table.ndim != own.ndim or table.shape[0] != 1 or table.shape[-1] != own.shape[-1] or not table.numel():
+            raise ValueError(f"expected (1, {', '.join(['grid'] * (own.ndim - 2))}, {own.shape[-1]})")
+        if own.ndim == 4:
+            return resize_offset_table(table.movedim(-1, 1)[0], own.shape[1:3]).movedim(0, -1)[None]
+        kind = torch.promote_types(table.dtype, torch.float32)
+        return resize_tokens(table.to(kind), tuple(own.shape[1:-1])).to(table.dtype)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.table.shape[1:])}"
 

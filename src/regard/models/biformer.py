@@ -51,6 +51,7 @@ CONVOLUTIONAL = Layout(
         *_block_rules(".{j}", fc2=3),
         *_HEAD,
     ),
+    pad="token",
 )
 SWIN_LIKE = Layout(
     "official",
@@ -62,11 +63,12 @@ SWIN_LIKE = Layout(
         *_block_rules(".blocks.{j}", fc2=2),
         *_HEAD,
     ),
+    pad="token",
 )
 
 
 def _stages(
-    dim: int, depths: Sequence[int], topks: Sequence[int | None], head_dim: int, regions: int, pad: str
+    dim: int, depths: Sequence[int], topks: Sequence[int | None], head_dim: int, regions: int, pad: str | None
 ) -> tuple[StageSpec, ...]:
     if len(topks) != len(depths):
         raise ValueError(f"topks must be given for each of {len(depths)} stages; got {tuple(topks)}")
@@ -76,7 +78,7 @@ def _stages(
         if topk is None:
             stages.append(StageSpec(width, 8, depth, (BlockSpec(LocallyEnhancedAttention),)))
         else:
-            options = {"regions": regions, "topk": topk, "pad": pad}
+            options = {"regions": regions, "topk": topk, "pad": pad or "mask"}
             stages.append(StageSpec(width, width // head_dim, depth, (BlockSpec(BiLevelRoutingAttention, options),)))
     return tuple(stages)
 
@@ -88,7 +90,7 @@ def biformer(
     *,
     head_dim: int = 32,
     regions: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 3.0,
     drop_path: float = 0.1,
     num_classes: int = 1000,
@@ -101,7 +103,8 @@ def biformer(
         topks: for each stage, how many regions a query sees; None for dense attention with 8 heads.
         head_dim: channels per head of routed stages.
         regions: regions per axis.
-        pad: on grids that do not divide into regions, see :class:`regard.layers.mixers.BiLevelRoutingAttention`.
+        pad: on grids that do not divide into regions, see :class:`regard.layers.mixers.BiLevelRoutingAttention`. None is
+            what the checkpoint that is loaded was trained with, and ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
@@ -117,6 +120,7 @@ def biformer(
         drop_path=drop_path,
         num_classes=num_classes,
         layouts=(CONVOLUTIONAL,),
+        pad=pad,
     )
 
 
@@ -127,7 +131,7 @@ def biformer_stl(
     *,
     head_dim: int = 32,
     regions: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.1,
     num_classes: int = 1000,
@@ -143,6 +147,7 @@ def biformer_stl(
         drop_path=drop_path,
         num_classes=num_classes,
         layouts=(SWIN_LIKE,),
+        pad=pad,
     )
 
 

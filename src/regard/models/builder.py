@@ -89,6 +89,7 @@ class BackboneSpec:
         head: the classifier, called with the width of the pooled features and ``num_classes``.
         num_classes: outputs of the classifier.
         layouts: the names of published checkpoints.
+        pad: how grids that do not divide are padded, where the caller chose that; None leaves it to the checkpoint.
         fixed: why the token mixers cannot be swapped; empty where they can.
         network: the module that :func:`regard.create_model` builds from the table; :class:`Backbone` by default.
     """
@@ -115,6 +116,7 @@ class BackboneSpec:
     head: Callable[..., nn.Module] = nn.Linear
     num_classes: int = 1000
     layouts: tuple[Layout, ...] = ()
+    pad: str | None = None
     fixed: str = ""
     network: Callable[..., Backbone] | None = None
 
@@ -264,6 +266,20 @@ class Staged(nn.Module):
             x = stage(x)
             outputs.append(x)
         return outputs
+
+    @property
+    def pad(self) -> str | None:
+        """How the mixers pad grids that do not divide: ``"mask"``, ``"token"``, ``"timm"``; None where they differ."""
+        found = {module.pad for module in self._padding_mixers()}
+        return found.pop() if len(found) == 1 else None
+
+    def set_pad(self, pad: str) -> None:
+        """Change how mixers pad grids that do not divide."""
+        for module in self._padding_mixers():
+            module.pad = pad
+
+    def _padding_mixers(self) -> list[Any]:
+        return [module for module in self.stages.modules() if isinstance(getattr(module, "pad", None), str)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone besides norms and biases: relative bias tables."""

@@ -43,6 +43,7 @@ LAYOUTS = (
             Rule("norms.{name}", "norm.{name}"),
             Rule("head.{name}", "head.{name}"),
         ),
+        pad="token",
     ),
     Layout(
         "timm",
@@ -54,6 +55,7 @@ LAYOUTS = (
             Rule("head.norm.{name}", "norm.{name}"),
             Rule("head.fc.{name}", "head.{name}"),
         ),
+        pad="token",
     ),
 )
 
@@ -64,7 +66,7 @@ def davit(
     *,
     head_dim: int = 32,
     window_size: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.1,
     num_classes: int = 1000,
@@ -77,12 +79,12 @@ def davit(
         head_dim: channels per head and per group of channels.
         window_size: tokens per axis of a window.
         pad: where a grid does not divide into windows, ``"mask"`` clips the last ones and ``"token"`` pads with zeros that take
-            part (the official code).
+            part (the official code). None is what the checkpoint that is loaded was trained with, and ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
     """
-    window = BlockSpec(WindowAttention, {"window_size": window_size, "relative_bias": False, "pad": pad})
+    window = BlockSpec(WindowAttention, {"window_size": window_size, "relative_bias": False, "pad": pad or "mask"})
     period = (window, BlockSpec(ChannelGroupAttention))
     widths = [dim * 2**i for i in range(len(depths))]
     return BackboneSpec(
@@ -96,6 +98,7 @@ def davit(
         pool_first=True,
         num_classes=num_classes,
         layouts=LAYOUTS,
+        pad=pad,
     )
 
 

@@ -197,6 +197,16 @@ class DiT(nn.Module):
         table = sincos(grid, self.spec.dim, device=like.device, dtype=like.dtype)
         return torch.cat(table.chunk(2, -1)[::-1], -1)
 
+    def adapted(self, name: str, table: Tensor) -> Tensor:
+        """The positions of this model's size in place of a checkpoint's of another: they are not learned.
+
+        Raises:
+            ValueError: another tensor, or positions of another width.
+        """
+        if name != "positions" or table.ndim != 3 or table.shape[2] != self.spec.dim:
+            raise ValueError(f"expected positions (1, side squared, {self.spec.dim})")
+        return self._positions((self.side, self.side), table).flatten(0, 1)[None]
+
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Predict the noise in latents, and where the table says so, behind it the share of the variance.
 

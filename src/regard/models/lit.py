@@ -43,6 +43,7 @@ LAYOUTS = (
             Rule("norm.{name}", "norm.{name}"),
             Rule("head.{name}", "head.{name}"),
         ),
+        pad="token",
     ),
 )
 
@@ -85,7 +86,7 @@ def litv2(
     head_dim: int = 32,
     window_sizes: Sequence[int | None] = (None, None, 2, 1),
     alpha: float = 0.9,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.2,
     num_classes: int = 1000,
@@ -98,7 +99,8 @@ def litv2(
         head_dim: channels per head.
         window_sizes: per stage, tokens per axis of HiLo's windows; None for blocks without attention.
         alpha: share of HiLo's heads for low frequencies.
-        pad: on grids that do not divide into windows, see :class:`regard.layers.mixers.HiLoAttention`.
+        pad: on grids that do not divide into windows, see :class:`regard.layers.mixers.HiLoAttention`. None is what the
+            checkpoint that is loaded was trained with, and ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
@@ -110,7 +112,7 @@ def litv2(
         width = dim * 2**index
         block = BlockSpec(None)
         if size is not None:
-            block = BlockSpec(HiLoAttention, {"window_size": size, "alpha": alpha, "pad": pad})
+            block = BlockSpec(HiLoAttention, {"window_size": size, "alpha": alpha, "pad": pad or "mask"})
         stages.append(StageSpec(width, width // head_dim, depth, (block,)))
     return BackboneSpec(
         tuple(stages),
@@ -121,6 +123,7 @@ def litv2(
         drop_path=drop_path,
         num_classes=num_classes,
         layouts=LAYOUTS,
+        pad=pad,
     )
 
 

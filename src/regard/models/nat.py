@@ -50,6 +50,7 @@ HIERARCHICAL = Layout(
         Rule("levels.{i}.downsample.norm.{name}", "stages.{i+1}.downsample.norm.{name}"),
         *_OUTSIDE,
     ),
+    pad="token",
 )
 SWIN_LIKE = Layout(
     "official",
@@ -58,8 +59,9 @@ SWIN_LIKE = Layout(
         Rule("layers.{i}.downsample.{name}", "stages.{i+1}.downsample.{name}"),
         *_OUTSIDE,
     ),
+    pad="token",
 )
-ISOTROPIC = Layout("official", (*_block_rules("layers.{j}", "stages.0.blocks.{j}"), *_OUTSIDE))
+ISOTROPIC = Layout("official", (*_block_rules("layers.{j}", "stages.0.blocks.{j}"), *_OUTSIDE), pad="token")
 
 
 def _table(
@@ -68,7 +70,7 @@ def _table(
     dilations: Dilations,
     head_dim: int,
     kernel_size: int,
-    pad: str,
+    pad: str | None,
     stem: Callable[..., nn.Module],
     downsample: Callable[..., nn.Module],
     layout: Layout,
@@ -78,9 +80,9 @@ def _table(
         raise ValueError(f"dilations must be given for each of {len(depths)} stages; got {dilations}")
     stages = []
     for dim, depth, steps in zip(dims, depths, dilations, strict=False):
-        options = [{"kernel_size": kernel_size, "dilation": step, "pad": pad} for step in steps]
+        options = [{"kernel_size": kernel_size, "dilation": step, "pad": pad or "mask"} for step in steps]
         stages.append(StageSpec(dim, dim // head_dim, depth, tuple(BlockSpec(NeighborhoodAttention, o) for o in options)))
-    return BackboneSpec(tuple(stages), stem=stem, downsample=downsample, layouts=(layout,), **rest)
+    return BackboneSpec(tuple(stages), stem=stem, downsample=downsample, layouts=(layout,), pad=pad, **rest)
 
 
 def nat(
@@ -90,7 +92,7 @@ def nat(
     *,
     head_dim: int = 32,
     kernel_size: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 3.0,
     layer_scale: float | None = None,
     drop_path: float = 0.2,
@@ -105,6 +107,7 @@ def nat(
         head_dim: channels per head.
         kernel_size: neighbours per axis.
         pad: on grids smaller than ``kernel_size * dilation``, see :class:`regard.layers.mixers.NeighborhoodAttention`.
+            None is what the checkpoint that is loaded was trained with, and ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         layer_scale: initial scale of the residual branches; None for none.
         drop_path: stochastic depth of the last block.
@@ -124,7 +127,7 @@ def dinat_s(
     *,
     head_dim: int = 32,
     kernel_size: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.2,
     num_classes: int = 1000,
@@ -145,7 +148,7 @@ def nat_isotropic(
     head_dim: int = 32,
     kernel_size: int = 7,
     patch_size: int = 16,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.1,
     num_classes: int = 1000,

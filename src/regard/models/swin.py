@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..layers.mixers import WindowAttention
 from ..layers.stems import PatchEmbed, PatchMerging
 from ..ops import Source
@@ -40,27 +41,35 @@ LAYOUTS = (
         "official",
         (*_COMMON, Rule("layers.{i}.downsample.{name}", "stages.{i+1}.downsample.{name}"), Rule("head.{name}", "head.{name}")),
         _BUFFERS,
+        "token",
     ),
     Layout(
         "timm",
         (*_COMMON, Rule("layers.{i}.downsample.{name}", "stages.{i}.downsample.{name}"), Rule("head.fc.{name}", "head.{name}")),
         _BUFFERS,
+        "timm",
     ),
 )
 
 
-class RolledWindowAttention(WindowAttention):
-    """Shifted windows as timm computes them where the grid does not divide: the map is rolled first and padded after.
+PADS = ("mask", "token", "timm")
 
-    The zeros then lie between the last tokens and the first ones that the roll brought round, and a window that holds both
-    is cut ``shift`` tokens before its end, not where they meet. On grids that divide it is :class:`WindowAttention`.
+
+class RolledWindowAttention(WindowAttention):
+    """Shifted windows that can also be what timm computes where the grid does not divide.
+
+    With ``pad="timm"`` the map is rolled first and padded after. The zeros then lie between the last tokens and the first ones
+    that the roll brought round, and a window that holds both is cut ``shift`` tokens before its end, not where they meet. On
+    grids that divide, and with another ``pad``, it is :class:`WindowAttention`.
     """
 
-    def __init__(self, dim: int, heads: int, window_size: int = 7, shift: int = 0, **options) -> None:
-        super().__init__(dim, heads, window_size, shift, pad="token", **options)
-        self.size, self.shift = window_size, shift
+    def __init__(self, dim: int, heads: int, window_size: int = 7, shift: int = 0, *, pad: str = "timm", **options) -> None:
+        super().__init__(dim, heads, window_size, shift, **options)
+        self.size, self.shift, self.pad = window_size, shift, check_choice("pad", pad, PADS)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
+        if self.pad != "timm":
+            return super().forward(x, extra, context=context)
         if extra is not None or context is not None:
             raise ValueError("rolled windows attend within one grid: extra tokens and a context are not defined")
         shifts = [self.shift if n > self.size else 0 for n in x.shape[1:3]]
@@ -70,9 +79,13 @@ class RolledWindowAttention(WindowAttention):
         return torch.roll(super().forward(rolled), shifts, (1, 2))
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
+        if self.pad != "timm":
+            return super().padding(grid)
         return [-n % min(self.size, n) for n in grid]
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
+        if self.pad != "timm":
+            return super().sources(x, q, k, v)
         # of the two windows of this second size, the first ends where timm cuts the last window of the first size
         cut = tuple(n - self.shift if n > self.size else n for n in q.shape[1:3])
         pattern = P.Window(self.size) & P.Window(cut) if self.shift else P.Window(self.size)
@@ -85,7 +98,7 @@ def swin(
     *,
     head_dim: int = 32,
     window_size: int = 7,
-    pad: str = "mask",
+    pad: str | None = None,
     mlp_ratio: float = 4.0,
     drop_path: float = 0.2,
     num_classes: int = 1000,
@@ -98,15 +111,16 @@ def swin(
         head_dim: channels per head.
         window_size: tokens per axis of a window.
         pad: where a grid does not divide into windows, ``"mask"`` clips the last ones, ``"token"`` pads with zeros that take
-            part (the official detection code), ``"timm"`` does so after rolling. All agree on sizes that divide.
+            part (the official detection code), ``"timm"`` does so after rolling. All agree on sizes that divide. None is
+            what the checkpoint that is loaded was trained with, and ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
     """
-    if pad not in ("mask", "token", "timm"):
+    if pad is not None and pad not in PADS:
         raise ValueError(f"pad must be 'mask', 'token' or 'timm'; got {pad!r}")
-    kind = RolledWindowAttention if pad == "timm" else partial(WindowAttention, pad=pad)
-    period = tuple(BlockSpec(kind, {"window_size": window_size, "shift": shift}) for shift in (0, window_size // 2))
+    options = {"window_size": window_size, "pad": pad or "mask"}
+    period = tuple(BlockSpec(RolledWindowAttention, options | {"shift": shift}) for shift in (0, window_size // 2))
     widths = [dim * 2**i for i in range(len(depths))]
     return BackboneSpec(
         stages=tuple(StageSpec(w, w // head_dim, depth, period) for w, depth in zip(widths, depths, strict=True)),
@@ -116,6 +130,7 @@ def swin(
         drop_path=drop_path,
         num_classes=num_classes,
         layouts=LAYOUTS,
+        pad=pad,
     )
 
 

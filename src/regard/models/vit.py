@@ -6,6 +6,7 @@ Cost: quadratic in tokens. Source: Dosovitskiy et al., ViT, arXiv:2010.11929; To
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -167,8 +168,25 @@ class SequencePositions(nn.Module):
         table = self.table[:, self.prefix :]
         if tuple(grid) == self.grid:
             return table
-        maps = table[0].T.unflatten(1, self.grid)
-        return resize_offset_table(maps, grid).flatten(1).T[None]
+        return self._resized(table, self.grid, grid)
+
+    def adapted(self, name: str, table: Tensor) -> Tensor:
+        """A checkpoint's table of a square grid, resized to this one's.
+
+        Raises:
+            ValueError: a table of other channels, or whose places are no square.
+        """
+        places = table.shape[1] - self.prefix if table.ndim == 3 else 0
+        side = math.isqrt(max(places, 0))
+        if side < 1 or side * side != places or table.shape[0] != 1 or table.shape[2] != self.table.shape[2]:
+            raise ValueError(f"expected (1, {self.prefix} + side squared, {self.table.shape[2]}), the table of a square grid")
+        maps = self._resized(table[:, self.prefix :], (side, side), self.grid)
+        return torch.cat([table[:, : self.prefix], maps], 1)
+
+    @staticmethod
+    def _resized(table: Tensor, grid: Sequence[int], to: Sequence[int]) -> Tensor:
+        """``(1, places, dim)`` of one grid for another."""
+        return resize_offset_table(table[0].T.unflatten(1, grid), to).flatten(1).T[None]
 
 
 _HEAD_KEYS = frozenset({"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"})

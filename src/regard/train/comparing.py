@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import statistics
 import time
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from .. import lens
 from ..data import VisionData
+from ..files import read_kept, set_aside, write_json
+from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..models.registry import create_model
 from .contenders import Contender
-from .files import read_json, write_atomically, write_json
 from .fitting import Recipe, fit, loaders
 from .measure import flops, latencies, memory, parameters
 
@@ -107,7 +109,7 @@ def compare(settings: Settings, *, progress: bool = True, tell: Callable[[str], 
             model(probe)
     outcomes = []
     for contender in settings.contenders:
-        outcome = train_one(settings, contender, progress=progress)
+        outcome = train_one(settings, contender, progress=progress, tell=tell)
         tell(f"{outcome.label}: accuracy {outcome.accuracy:.1%} after {len(outcome.history)} epochs, "
              f"{outcome.train_seconds:.0f} s")  # fmt: skip
         outcomes.append(outcome)
@@ -116,25 +118,36 @@ def compare(settings: Settings, *, progress: bool = True, tell: Callable[[str], 
     return outcomes
 
 
-def train_one(settings: Settings, contender: Contender, *, progress: bool = True) -> Outcome:
-    """Train one contender, go on with a run that was stopped, or load one that is finished."""
+def train_one(
+    settings: Settings, contender: Contender, *, progress: bool = True, tell: Callable[[str], None] = print
+) -> Outcome:
+    """Train one contender, go on with a run that was stopped, or load one that is finished.
+
+    Files of the run that are damaged are set aside, ``tell`` is given a sentence for each, and what they held is computed anew.
+    """
     folder = settings.folder(contender)
     model = settings.build(contender)
     result, weights = folder / "result.json", folder / "model.safetensors"
-    found = read_json(result)
+    found = read_kept(result, _is_result, tell)
+    if found is not None:
+        try:
+            load_checkpoint(model, weights)
+        except (ValueError, FileNotFoundError) as error:
+            aside = f"; it was set aside as {set_aside(weights).name}" if weights.exists() else ""
+            tell(f"{error}{aside}; the run is done again from its last checkpoint")
+            found = None
     if found is None:
         torch.manual_seed(settings.recipe.seed)
-        clock = _Clock(folder / "seconds.json")
+        clock = _Clock(folder / "seconds.json", tell)
         with clock:
             module = fit(
                 model, settings.data, settings.recipe, folder,
                 name=contender.label, progress=progress, workers=settings.workers, accelerator=settings.device,
+                tell=tell,
             )  # fmt: skip
-        save_weights(model.cpu(), weights)
+        save_checkpoint(model.cpu(), weights)
         found = {"mixer": contender.text, "history": module.history, "train_seconds": clock.total}
         write_json(result, found)
-    else:
-        load_weights(model, weights)
     history = found["history"]
     return Outcome(
         contender.name, contender.label, history[-1]["val_accuracy"], history, found["train_seconds"], {}, model.eval()
@@ -144,9 +157,9 @@ def train_one(settings: Settings, contender: Contender, *, progress: bool = True
 class _Clock:
     """Wall time, added up over the runs that a training was stopped and resumed in."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         self.path = path
-        self.total: float = read_json(path) or 0.0
+        self.total: float = read_kept(path, _is_positive, tell) or 0.0
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -156,16 +169,19 @@ class _Clock:
         write_json(self.path, self.total)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import load
-
-    model.load_state_dict(load(path.read_bytes()))
+def _is_result(found: Any) -> bool:
+    """Whether a json file holds what :func:`train_one` writes when a run is finished."""
+    history = found.get("history") if isinstance(found, dict) else None
+    return (
+        isinstance(history, list)
+        and bool(history)
+        and all(isinstance(each, dict) and _is_positive(each.get("val_accuracy")) for each in history)
+        and _is_positive(found.get("train_seconds"))
+    )
 
 
 def measure(outcomes: Sequence[Outcome], settings: Settings) -> None:

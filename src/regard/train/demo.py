@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import load_data, photo_crops, photograph, to_grey
+from ..files import check_folder, read_kept, write_json
 from .comparing import Settings, compare, epochs_that_fit, fastest_threads, look
 from .contenders import DEMO, parse_mixer, parse_mixers
-from .files import read_json, write_json
 from .fitting import Recipe
 from .report import write_report
 
@@ -57,6 +57,7 @@ def demo(
     Returns:
         The path of the report.
     """
+    _check_folders(out, runs)
     data = photo_crops(size, repeats=repeats, seed=seed)
     recipe = replace(DEMO_RECIPE, seed=seed, epochs=DEMO_RECIPE.epochs if epochs is None else epochs)
     settings = Settings(data, [parse_mixer(name) for name in DEMO], recipe, runs=runs, device=device)
@@ -65,7 +66,7 @@ def demo(
     if epochs is None:
         # kept, so that a demo that was stopped goes on with what it began
         kept = settings.folder(settings.contenders[0]).with_suffix(f".{minutes:g}-minutes.json")
-        found = None if fresh else read_json(kept)
+        found = None if fresh else read_kept(kept, lambda value: isinstance(value, int) and value >= 1, tell)
         fitting = int(found or epochs_that_fit(settings, 60.0 * minutes))
         write_json(kept, fitting)
         if fitting < recipe.epochs:
@@ -91,6 +92,7 @@ def compare_on(
     learning_rate: float = 2e-3,
     size: int | None = None,
     limit: int | None = None,
+    bad: str = "error",
     seed: int = 0,
     out: Path = Path("regard-report"),
     runs: Path = Path("regard-runs"),
@@ -103,7 +105,7 @@ def compare_on(
     """The same on the user's data.
 
     Args:
-        source, size, limit: see :func:`regard.data.load_data`.
+        source, size, limit, bad: see :func:`regard.data.load_data`.
         mixers: see :func:`parse_mixers`.
         model: a registered backbone.
         epochs, batch_size, learning_rate: of each.
@@ -113,8 +115,9 @@ def compare_on(
         The path of the report.
     """
     contenders = parse_mixers(mixers)
+    _check_folders(out, runs)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    data = load_data(source, size=size, limit=limit, seed=seed)
+    data = load_data(source, size=size, limit=limit, seed=seed, bad=bad)
     # tokens of 2 x 2 pixels keep a grid worth attending to in small images
     table = {"patch_size": 2} if model.startswith("compact") and data.size < 48 else {}
     settings = Settings(data, contenders, recipe, model=model, table=table, runs=runs, device=device, workers=workers)
@@ -145,6 +148,12 @@ def _run(
     looks = look(outcomes, settings.data.val.normalised(seen), queries)
     shown = _resized(picture.float(), SHOWN_SIZE).round().clamp(0, 255).to(torch.uint8)
     return write_report(out, settings, outcomes, looks, shown, queries, title=title, remark=remark)
+
+
+def _check_folders(out: Path, runs: Path) -> None:
+    """What is written after hours must be writable now."""
+    check_folder("--out", Path(out))
+    check_folder("--runs", Path(runs))
 
 
 def _resized(picture: Tensor, size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..data import EpochSampler, ResumableLoader, VisionData
 from .module import Classifier
+from .resume import RunFiles, resumable
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def fit(
     workers: int = 0,
     accelerator: str = "auto",
     callbacks: Sequence[L.Callback] = (),
+    tell: Callable[[str], None] = print,
 ) -> Classifier:
-    """Train a model, going on from ``folder/last.ckpt`` if that is there.
+    """Train a model, going on from ``folder/last.ckpt`` if that is there, or from the one before where it is damaged.
 
     After a kill the same weights come out, bit for bit, as without it.
 
@@ -125,6 +127,7 @@ def fit(
         workers: processes that load images.
         accelerator: ``"cpu"``, ``"cuda"``, ... or ``"auto"``.
         callbacks: more Lightning callbacks.
+        tell: is given a sentence about each checkpoint that is damaged and set aside.
 
     Returns:
         The trained module with its ``history``.
@@ -160,11 +163,11 @@ def fit(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             default_root_dir=folder,
+            plugins=[RunFiles()],
         )
-        last = folder / "last.ckpt"
+        last = resumable(folder, module, tell)
         try:
-            # the checkpoint holds random states, which are not tensors; it is one of our own
-            trainer.fit(module, train, val, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+            trainer.fit(module, train, val, ckpt_path=None if last is None else str(last))
         except SystemExit as stop:  # what Lightning makes of a keyboard interrupt
             raise KeyboardInterrupt from stop
     module.eval()

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import write_atomically, write_json
 from . import figures
 from .comparing import LARGE_SIZE, LATENCY_BATCH, Look, Outcome, Settings, results
-from .files import write_atomically, write_json
 from .measure import si
 
 STYLE = """

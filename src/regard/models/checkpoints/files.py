@@ -1,0 +1,312 @@
+"""Reading checkpoint files as data, and finding the weights among what training programs write beside them."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+import re
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...files import one_line
+
+AVERAGED = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "params_ema", "ema_params",
+    "averaged_model", "teacher",
+)  # fmt: skip
+"""Names of averaged weights and of the teachers of self-supervised training, which are what is evaluated and published."""
+TRAINED = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "params", "weights", "module", "online_model",
+    "student",
+)  # fmt: skip
+"""Names of the weights that were trained."""
+WRAPPERS = AVERAGED + TRAINED
+"""Both, the preferred ones first."""
+_OTHER = re.compile(r"optim|sched|scaler|hyper_param|callbacks|loops|config|args|random|rng", re.IGNORECASE)
+"""Of entries that hold other things than weights, even where there are tensors among them."""
+_INFIXES = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("module.", "model.")
+_UNKNOWN = re.compile(r"Unsupported global: GLOBAL (\S+) was not")
+_FILLED = re.compile(r"Can only (SETITEM|append|extend).* but got <class 'foreign: ([^']+)'>")
+_PLAIN = ("builtins.getattr",)
+"""Functions that stand beside the arguments of runs, in enumerations."""
+_ADVICE = (" Please use ", " Please file ", " Check the documentation", "This file can still be loaded", " In PyTorch 2.6")
+"""Where torch's advice to its users begins."""
+_FOREIGN = 200
+"""Names of other programs that a file may mention."""
+_LETTERS = 120
+"""Of a name that an error quotes."""
+_ALLOWING = threading.Lock()
+
+PADS = ("mask", "token", "timm")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The tensors of a checkpoint by name, where they are from, and how its model padded, if the file says so."""
+
+    tensors: dict[str, Tensor]
+    where: str
+    pad: str | None = None
+
+
+def read_state_dict(source: str | os.PathLike[str] | Mapping[Any, object], key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file (safetensors, or a ``torch.save`` that holds only data) or of a dictionary.
+
+    What training programs write around the weights is opened: ``model``, ``state_dict``, ``net``, ``params``... Where there
+    are several, averaged weights (``model_ema``, ``state_dict_ema``, ...) and a ``teacher`` come before the others. Classes of
+    other programs, such as the arguments of a run, are passed over; nothing of them is run. Prefixes that wrappers put before
+    every name are removed.
+
+    Args:
+        source: a path or a state dict.
+        key: the entry that holds the weights, ``"student"`` or ``"student.backbone"``, or the prefix of their names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read as data, or holds no state dict; no or several entries that may be meant.
+    """
+    tensors = open_checkpoint(source, key).tensors
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def open_checkpoint(source: str | os.PathLike[str] | Mapping[Any, object], key: str | None = None) -> Opened:
+    """See :func:`read_state_dict`; prefixes stay."""
+    where, pad = "the checkpoint", None
+    content: object = source
+    if isinstance(source, (str, os.PathLike)):
+        where = str(source)
+        content, pad = _read_file(Path(source))
+    elif not isinstance(source, Mapping):
+        raise TypeError(f"a checkpoint is a path or a dictionary of tensors; got {type(source).__name__}")
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__.removeprefix("foreign: ")
+        raise ValueError(
+            f"{where} holds a {kind}, not a state dict: save tensors by name, torch.save(model.state_dict(), PATH), with the "
+            "program that wrote it"
+        )
+    found = _weights(content, where) if key is None else _entry(content, key, where)
+    tensors = {_INFIXES.sub("", name): value for name, value in _flat(found, where)}
+    if not tensors:
+        raise ValueError(
+            f"{where} holds no tensors: save them by name, torch.save(model.state_dict(), PATH); its keys are {_keys(content)}"
+        )
+    return Opened(tensors, where, pad)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# which entry
+
+
+def _weights(content: Mapping[Any, object], where: str) -> Mapping[Any, object]:
+    """The entry that holds the weights: the first of the known names, again and again, or the only one there is.
+
+    Under a known name several entries are the parts of one network.
+    """
+    sure = False
+    while True:
+        held = [name for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(name, value)]
+        known = next((name for name in WRAPPERS if name in held), None)
+        if known is None and any(isinstance(value, Tensor) for value in content.values()):
+            return content
+        if known is None and len(held) > 1 and sure:
+            return content
+        if known is None and len(held) > 1:
+            raise ValueError(
+                f"{where} holds several sets of tensors: {some(map(str, held))}; name one, key={str(held[0])!r}, for "
+                "load_checkpoint or read_state_dict"
+            )
+        if not held:
+            return content
+        inner = content[held[0] if known is None else known]
+        assert isinstance(inner, Mapping)
+        content, sure = inner, known is not None
+
+
+def _entry(content: Mapping[Any, object], key: str, where: str) -> Mapping[Any, object]:
+    """The entry of that name, or the tensors whose names begin with it."""
+    if not isinstance(key, str) or not key:
+        raise TypeError(f"key must be the name of an entry, or of the beginning of names; got {key!r}")
+    name, rest = key, ""
+    while name not in content and "." in name:  # the longest name that there is
+        name, _, last = name.rpartition(".")
+        rest = f"{last}.{rest}" if rest else last
+    inner = content.get(name)
+    if isinstance(inner, Mapping):
+        return _entry(inner, rest, where) if rest else _weights(inner, where)
+    below = _flat(content, where)
+    chosen = {name.removeprefix(f"{key}."): value for name, value in below if name.startswith(f"{key}.")}
+    if not chosen:
+        raise ValueError(f"{where} has no entry {key!r} that holds tensors; its keys are {_keys(content)}")
+    return chosen
+
+
+def _holds_tensors(name: object, content: Mapping[Any, object], depth: int = 4) -> bool:
+    if isinstance(name, str) and _OTHER.search(name) and name not in WRAPPERS:
+        return False
+    return any(
+        isinstance(value, Tensor) or (depth > 0 and isinstance(value, Mapping) and _holds_tensors(key, value, depth - 1))
+        for key, value in content.items()
+    )
+
+
+def _keys(content: Mapping[Any, object]) -> str:
+    """The keys of a dictionary for an error, with the kinds of what is neither a tensor nor a number."""
+    kinds = {key: type(value).__name__.removeprefix("foreign: ") for key, value in content.items()}
+    return some(f"{key} ({kind})" if kind not in ("Tensor", "int", "float") else str(key) for key, kind in kinds.items())
+
+
+def _flat(content: Mapping[Any, object], where: str, prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of dictionaries of dictionaries, by names joined with points."""
+    for key, value in content.items():
+        nested = isinstance(value, Mapping) and depth > 0 and _holds_tensors(key, value)
+        if not nested and not isinstance(value, Tensor):
+            continue
+        if not isinstance(key, str):
+            raise ValueError(f"the names of tensors in {where} must be text; got {type(key).__name__} {str(key)[:40]}")
+        if isinstance(value, Tensor):
+            yield prefix + key, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, where, f"{prefix}{key}.", depth - 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def _read_file(path: Path) -> tuple[object, str | None]:
+    """What a file holds, and the padding that its metadata names."""
+    try:
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        if not path.is_file():
+            raise ValueError(f"cannot read {path}: a checkpoint is a file, this is {'a folder' if path.is_dir() else 'none'}")
+        with open(path, "rb") as file:
+            beginning = file.read(9)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # no permission, a name that is too long
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    if not beginning:
+        raise ValueError(f"cannot read {path}: the file is empty")
+    try:
+        # by what is in it, not by its name: the length of the header, and the brace that it begins with
+        if path.suffix == ".safetensors" or (beginning[8:] == b"{" and not any(beginning[5:8])):
+            with safe_open(path, "pt") as opened:
+                pad = (opened.metadata() or {}).get("pad")
+                names = list(opened.keys())
+                return {name: opened.get_tensor(name) for name in names}, pad if pad in PADS else None
+        return _read_torch(path), None
+    except Exception as error:  # what is damaged makes the readers raise anything
+        raise ValueError(f"cannot read {path} as safetensors or as a torch file of plain data: {_reason(error)}") from None
+
+
+class _Foreign:
+    """Stands for an object of another program, such as the arguments of a run: takes everything, keeps and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _Foreign:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _ForeignItems:
+    """The same for a dictionary, which keeps what is in it: weights may be."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return OrderedDict()
+
+
+class _ForeignList:
+    """The same for a list."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return []
+
+
+def _read_torch(path: Path) -> object:
+    """Read a ``torch.save`` as data: torch's own reader of plain data, with stand-ins for the names that it does not know.
+
+    A stand-in is an empty class of this file, so nothing that a file names is ever imported or called.
+    """
+    known: dict[str, Any] = {}
+    with suppress(Exception):  # files of the old format, whose names are found one by one below
+        known = {name: _stand_in(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)}
+    with _ALLOWING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while True:
+            _refuse_functions(known)
+            try:
+                with torch.serialization.safe_globals([(kind, name) for name, kind in known.items()]):
+                    return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                filled, unknown = _FILLED.search(str(error)), _UNKNOWN.search(str(error))
+                if filled and filled[2] in known:  # a class of dictionaries or lists
+                    known[filled[2]] = _ForeignItems if filled[1] == "SETITEM" else _ForeignList
+                elif unknown and (name := unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}") not in known:
+                    known[name] = _stand_in(name)
+                else:
+                    raise
+                if len(known) > _FOREIGN:
+                    raise
+
+
+def _stand_in(name: str) -> type:
+    """A class that is called ``foreign: NAME`` in errors."""
+    return type(f"foreign: {name}", (_Foreign,), {"__module__": "builtins"})
+
+
+def _refuse_functions(names: Iterable[str]) -> None:
+    """Raise for names that no arguments of a run need: a file that has them was made to run code."""
+    for name in names:
+        module, _, function = name.partition(".")
+        if module == "builtins" and name not in _PLAIN and not isinstance(getattr(builtins, function, None), type):
+            raise ValueError(f"it would call {name}")
+
+
+def _reason(error: Exception) -> str:
+    """Why a reader failed, without its advice."""
+    text = one_line(error, 100_000)
+    for end in ("from a trusted source. ", "WeightsUnpickler error: "):
+        text = text.rpartition(end)[2]
+    for advice in (
+        " Please use ",
+        " Please file ",
+        " Check the documentation",
+        "This file can still be loaded",
+        " In PyTorch 2.6",
+    ):
+        text = text.partition(advice)[0]
+    if not text or text.startswith("Weights only load failed"):
+        text = type(error).__name__
+    text = f"{text[:200].rstrip('. ')}"
+    if isinstance(error, pickle.UnpicklingError) or text.startswith("it would call"):
+        text += (
+            ". If it is a checkpoint, save its tensors alone with the program that wrote it: "
+            "torch.save(model.state_dict(), PATH), or as safetensors"
+        )
+    return text
+
+
+def some(names: Iterable[str], limit: int = 40) -> str:
+    """The first of some names, and how many more there are."""
+    names = [name if len(name) <= _LETTERS else f"{name[:_LETTERS]}..." for name in names]
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

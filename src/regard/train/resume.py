@@ -1,0 +1,159 @@
+"""Checkpoints of runs: tensors as safetensors, all else as json in the same file; whole or absent, and never unpickled.
+
+A run's folder keeps the last checkpoint and the one before, so that a damaged one costs a few steps and not the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..files import clear_partials, one_line, set_aside, whole_file
+
+LAST, BEFORE = "last.ckpt", "before.ckpt"
+_PARTS = frozenset(
+    {"epoch", "global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "history", "random"}
+)
+"""What every checkpoint of a run holds."""
+
+
+class RunFiles(CheckpointIO):
+    """How Lightning writes and reads the checkpoints of a run; a new one leaves that before it beside it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        with whole_file(path) as partial:
+            write_checkpoint(checkpoint, partial)
+            if path.is_file():
+                path.replace(path.with_name(BEFORE))
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a run goes on from: the last one that is whole and fits; None where there is none.
+
+    Damaged ones are set aside and told of, and what killed writers left is removed.
+
+    Args:
+        folder: of the run.
+        module: that is trained.
+        tell: is given a sentence for each that is set aside.
+    """
+    clear_partials(folder / LAST)
+    for path in (folder / LAST, folder / BEFORE):
+        if not path.exists() and not path.is_symlink():
+            continue
+        try:
+            _check_fit(read_checkpoint(path), module, path)
+        except ValueError as error:
+            aside = set_aside(path)
+            tell(f"{error}; it was set aside as {aside.name}, and training goes on from the checkpoint before, if there is one")
+        else:
+            return path
+    return None
+
+
+def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path) -> None:
+    missing = sorted(_PARTS - checkpoint.keys())
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}")
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = checkpoint["state_dict"]
+    if not isinstance(found, dict) or {k: tuple(getattr(v, "shape", ())) for k, v in found.items()} != shapes:
+        raise ValueError(f"{path} is of another model")
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write what a checkpoint holds: tensors, numbers, texts, and lists, tuples and dictionaries of these.
+
+    Raises:
+        TypeError: it holds something else; says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_pack(checkpoint, tensors, "checkpoint"))
+    save_file(tensors, path, metadata={"run": text, "digest": _digest(text, tensors)})
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What :func:`write_checkpoint` wrote.
+
+    Raises:
+        ValueError: the file is damaged or of another kind; names it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+            names = list(opened.keys())
+            tensors = {name: opened.get_tensor(name) for name in names}
+        text = metadata.get("run", "")
+        if metadata.get("digest") != _digest(text, tensors):
+            raise ValueError("its content is not what was written")
+        found = _unpack(json.loads(text), tensors)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no checkpoint")
+    except Exception as error:  # what is damaged makes the readers raise anything
+        raise ValueError(f"{path} cannot be read as a checkpoint of a run: {one_line(error)}") from None
+    return found
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    """A value as json; what json does not know is a list that begins with its kind, and tensors are kept aside."""
+    if value is None or isinstance(value, (bool, str)) or type(value) in (int, float):
+        return value
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return ["tensor", name]
+    if isinstance(value, np.ndarray):
+        return ["array", value.dtype.str, list(value.shape), value.flatten().tolist()]
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return [kind, [_pack(each, tensors, f"{where}[{index}]") for index, each in enumerate(value)]]
+    if isinstance(value, Mapping):
+        pairs = [[_pack(key, tensors, where), _pack(each, tensors, f"{where}[{key!r}]")] for key, each in value.items()]
+        return ["dict", pairs]
+    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint of a run holds tensors, numbers and texts only")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, list):
+        return value
+    kind, content = value[0], value[1]
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return np.array(value[3], dtype=np.dtype(content)).reshape(value[2])
+    if kind == "dict":
+        return {_unpack(key, tensors): _unpack(each, tensors) for key, each in content}
+    items = [_unpack(each, tensors) for each in content]
+    return tuple(items) if kind == "tuple" else items

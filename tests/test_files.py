@@ -1,0 +1,84 @@
+"""Files are whole or absent, and damaged ones are set aside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regard.files import check_folder, clear_partials, read_json, read_kept, set_aside, write_atomically, write_json
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import regard.files as files
+files.os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+files.write_atomically(Path(sys.argv[1]), "new " * 1000)
+"""
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "none.json") is None
+    write_json(tmp_path / "deep" / "a.json", {"b": [1, 2.5, "ü"]})
+    assert read_json(tmp_path / "deep" / "a.json") == {"b": [1, 2.5, "ü"]}
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    path = write_atomically(tmp_path / "a.txt", "old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode < 0
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    write_atomically(path, "newest")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["newest"]
+
+
+def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", object())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partial_files_of_living_processes_and_other_files_stay(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stay = {f".a[1].txt.{os.getppid()}", ".a[1].txt.old", ".a1.txt.1", "a[1].txt"}
+    for name in (*stay, f".a[1].txt.{dead.pid}", f".a[1].txt.{10**30}"):
+        (tmp_path / name).write_text("")
+    clear_partials(tmp_path / "a[1].txt")
+    assert {each.name for each in tmp_path.iterdir()} == stay
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1, 2]"])
+def test_damaged_json_is_set_aside_and_named(content: bytes, tmp_path: Path) -> None:
+    told: list[str] = []
+    path = tmp_path / "seconds.json"
+    for number in ("", "-2"):
+        path.write_bytes(content)
+        assert read_kept(path, lambda value: isinstance(value, float), told.append) is None
+        assert str(path) in told[-1]
+        assert told[-1].endswith(f"set aside as seconds.json.damaged{number}")
+        assert "\n" not in told[-1]
+        assert (tmp_path / f"seconds.json.damaged{number}").read_bytes() == content
+    assert not path.exists()
+    path.write_text("1.5")
+    assert read_kept(path, lambda value: isinstance(value, float), told.append) == 1.5
+    assert len(told) == 2
+
+
+def test_a_folder_in_place_of_a_file_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(ValueError, match=r"a\.json is not a file"):
+        read_json(tmp_path / "a.json")
+    assert set_aside(tmp_path / "a.json").is_dir()
+
+
+def test_a_file_is_no_folder_of_results(tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("")
+    for path in (tmp_path / "report", tmp_path / "report" / "deep"):
+        with pytest.raises(ValueError, match=r"--out must be a folder; .*report.* is a file"):
+            check_folder("--out", path)
+    assert check_folder("--out", tmp_path / "new" / "deep").is_dir()
