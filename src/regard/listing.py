@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib import resources
 from typing import Any
@@ -42,6 +46,28 @@ def listed(kind: str, pattern: str = "*") -> list[dict[str, Any]]:
         few = f"there are {', '.join(names)}" if len(names) <= 40 else f"`regard {kind}` lists all {len(names)}"
         raise ValueError(f"no {kind.removesuffix('s')} matches {pattern!r}; {hint}{few}")
     return found
+
+
+def print_table(fixed: Sequence[str], words: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a line a row; on a terminal that is too narrow for that, what is in words stands under its row.
+
+    Args:
+        fixed: headings of the columns that are kept whole.
+        words: headings of those that may be broken between words; they come last.
+        rows: their cells.
+    """
+    columns = [*fixed, *words]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    room = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or sum(widths) + 2 * len(widths) - 2 <= room:
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    for row in (columns, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths[: len(fixed)], strict=False))
+        print(textwrap.fill(line.rstrip(), room, subsequent_indent="    ", break_on_hyphens=False))
+        for cell in filter(None, row[len(fixed) :]):
+            print(textwrap.fill(cell, room, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _read(name: str) -> str:
