@@ -9,12 +9,12 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from . import __version__
 from .listing import HEADS, WIDTH, listed, print_table
@@ -73,11 +73,10 @@ def demo(
     _check_folders(out=out, runs=runs)
     from .train import demo as run_demo
 
-    console = Console(highlight=False)
     chosen = _device(device)
     report = run_demo(out, epochs=epochs, minutes=minutes, seed=seed, runs=runs, fresh=fresh, device=chosen,
-                      progress=console.is_terminal, tell=_teller(console))  # fmt: skip
-    _say_where(console, report)
+                      progress=sys.stdout.isatty(), tell=_tell)  # fmt: skip
+    _tell(f"report: {report.resolve()}")
 
 
 @app.command()
@@ -104,22 +103,17 @@ def compare(
     _check_folders(out=out, runs=runs)
     from .train import compare_on
 
-    console = Console(highlight=False)
     chosen = _device(device)
     report = compare_on(
         data, mixers, model=model, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, size=size, limit=limit,
-        seed=seed, out=out, runs=runs, fresh=fresh, device=chosen, workers=workers, progress=console.is_terminal,
-        tell=_teller(console),
+        seed=seed, out=out, runs=runs, fresh=fresh, device=chosen, workers=workers, progress=sys.stdout.isatty(),
+        tell=_tell,
     )  # fmt: skip
-    _say_where(console, report)
+    _tell(f"report: {report.resolve()}")
 
 
-def _teller(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, soft_wrap=True, markup=False)
-
-
-def _say_where(console: Console, report: Path) -> None:
-    console.print(f"report: {report.resolve()}", soft_wrap=True)
+def _tell(line: str) -> None:
+    print(line, flush=True)  # through a pipe too a line comes when it is true
 
 
 def _positive(name: str, value: float) -> None:
@@ -430,7 +424,7 @@ def _bench(
     scope = Scope(smoke, choose_peers(parse_peers(peers), install))
     where = measure(
         chosen or [], out, scope=scope, threads_list=tuple(map(int, threads.split(","))), minutes=minutes, fresh=fresh,
-        tell=_teller(Console(highlight=False)),
+        tell=_tell,
     )  # fmt: skip
     print(f"results: {where}; `regard bench page` makes the page of them")
 

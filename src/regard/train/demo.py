@@ -60,11 +60,16 @@ def demo(
     data = photo_crops(size, repeats=repeats, seed=seed)
     recipe = replace(DEMO_RECIPE, seed=seed, epochs=DEMO_RECIPE.epochs if epochs is None else epochs)
     settings = Settings(data, [parse_mixer(name) for name in DEMO], recipe, runs=runs, device=device)
-    torch.set_num_threads(fastest_threads(settings))
+    # kept, so that a demo that was stopped goes on with what it began
+    first = settings.folder(settings.contenders[0])
+    kept = first.with_suffix(".threads.json")
+    found = None if fresh else read_json(kept)
+    threads = int(found or fastest_threads(settings))
+    write_json(kept, threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
     remark = ""
     if epochs is None:
-        # kept, so that a demo that was stopped goes on with what it began
-        kept = settings.folder(settings.contenders[0]).with_suffix(f".{minutes:g}-minutes.json")
+        kept = first.with_suffix(f".{minutes:g}-minutes.json")
         found = None if fresh else read_json(kept)
         fitting = int(found or epochs_that_fit(settings, 60.0 * minutes))
         write_json(kept, fitting)
@@ -138,6 +143,7 @@ def _run(
     tell: Tell,
 ) -> Path:
     if fresh:
+        settings.measured.unlink(missing_ok=True)
         for contender in settings.contenders:
             shutil.rmtree(settings.folder(contender), ignore_errors=True)
     tell(settings.data.description)
