@@ -239,7 +239,7 @@ def _facts(found: dict[str, Any]) -> str:
         f"warm-up, label smoothing {recipe['label_smoothing']:g}, seed {recipe['seed']}",
         "data": f"{found['data']['name']}, fingerprint {found['data']['fingerprint']}",
         "versions": f"regard {machine['regard']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['system']} {machine['machine']}, {machine['threads']} threads",
+        f"{machine['system']} {machine['machine']}, {counted(int(machine['threads']), 'thread')}",
         "all numbers": "results.json beside this file",
     }
     return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v.strip())}</dd>" for k, v in facts.items()) + "</dl>"
