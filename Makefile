@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo install test test-slow lint types imports peers docs clean
+.PHONY: demo install test test-slow lint types imports listing peers docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/regard demo
@@ -25,6 +25,11 @@ types: $(VENV)/.dev
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+# what `regard models` and `regard mixers` print without loading torch; a test says when it is old
+listing: $(VENV)/.dev
+	$(BIN)/python -m regard.catalog > $(VENV)/listing.json
+	mv $(VENV)/listing.json src/regard/listing.json
 
 # site/index.html; reads the repository only. A warning is an error, see mkdocs.yml; the variable silences an advertisement
 docs: $(VENV)/.dev

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 import regard
+from regard.catalog import listing
 from regard.cli import main
 from regard.layers.mixers import list_mixers
+from regard.listing import listed
+from regard.listing import rows as all_rows
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,9 +62,46 @@ def test_no_arguments_show_the_commands(capsys) -> None:
         (("plan", "window(7)", "--heads", "0"), "Invalid value for '--heads'"),
         (("mixers", "zzz*"), "no mixer matches 'zzz*'; there are"),
         (("models", "zzz*"), "no model matches 'zzz*'"),
+        (("models", "swim"), "no model matches 'swim'; did you mean swin_"),
+        (("mixers", "windw"), "no mixer matches 'windw'; did you mean window?"),
+        (("mixers", "--dim", "-3"), "Invalid value for '--dim'"),
+        (("mixers", "--dim", "5", "--heads", "2"), "dim"),
+        (("plan", "window(7)", "--grid", "99999999999x99999999999"), "grid must have at most 16,777,216 tokens"),
+        (("plan", "window(7)", "--grid", "9" * 5000), "grid must have at most"),
+        (("plan", "window(7)", "--heads", "99999999999999999999"), "Invalid value for '--heads'"),
+        (("plan", "window(7)", "--device", "abacus"), "unknown device 'abacus'"),
+        (("plan", "window(7)", "--tiles", "0x4/4"), "tiles must be a query tile and a key tile"),
+        (("demo", "--minutes", "nan"), "minutes must be a positive number; got nan"),
+        (("demo", "--epochs", "-1"), "Invalid value for '--epochs'"),
+        (("demo", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("demo", "--seed", "99999999999999999999"), "Invalid value for '--seed'"),
+        (("demo", "--out", __file__), "--out must be a folder"),
+        (("demo", "--runs", f"{__file__}/runs"), "--runs must be a folder"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--out", __file__), "--out must be a folder"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--learning-rate", "-1"), "learning rate must be a positive"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--learning-rate", "inf"), "learning rate must be a positive"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--batch-size", "0"), "Invalid value for '--batch-size'"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--workers", "100000"), "Invalid value for '--workers'"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--size", "7"), "Invalid value for '--size'"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--size", "1000000"), "Invalid value for '--size'"),
+        (("compare", "--data", "embedded", "--mixers", "window", "--limit", "0"), "Invalid value for '--limit'"),
+        (("compare", "--data", "embedded", "--mixers", ""), "expected mixers such as"),
+        (("compare", "--data", "embedded", "--mixers", "window("), "brackets do not match"),
+        (("compare", "--data", "embedded", "--mixers", "window,window"), "mixer window is listed twice"),
+        (("compare", "--data", "embedded", "--mixers", "window(window_size=0)"), "window_size"),
+        (("compare", "--data", "embedded", "--mixers", "window(window_size='a')"), "window_size"),
+        (("compare", "--data", "embedded", "--mixers", "neighborhood(kernel_size=99999999999999999999)"), "kernel_size"),
+        (("bench", "ops", "--threads", "0"), "threads must be numbers from 1 to 999"),
+        (("bench", "ops", "--threads", "99999"), "threads must be numbers from 1 to 999"),
+        (("bench", "ops", "--minutes", "-1"), "minutes must be a positive number; got -1"),
+        (("bench", "ops", "--peers", "tim"), "unknown peers 'tim'"),
+        (("bench", "ops", "windw"), "unknown cases 'windw'"),
+        (("bench", "models", "swim"), "swim"),
+        (("bench", "page", "--results", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("app", "--port", "0"), "Invalid value for '--port'"),
         (("systems", "--area", "nowhere"), "unknown area 'nowhere'; there are"),
         (("demo", "--epochs", "0"), "Invalid value for '--epochs'"),
-        (("demo", "--minutes", "-1"), "minutes must be positive; got -1"),
+        (("demo", "--minutes", "-1"), "minutes must be a positive number; got -1"),
         (("demo", "--device", "abacus"), "device 'abacus' cannot be used here"),
         (("compare", "--data", "/nowhere/at/all", "--mixers", "window"), "no data at /nowhere/at/all"),
         (("compare", "--data", "embedded", "--mixers", "windw"), "unknown mixer 'windw'; did you mean window"),
@@ -70,6 +115,94 @@ def test_what_the_user_got_wrong_is_one_line(capsys, arguments: tuple[str, ...],
     assert message in err
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
+
+
+LIGHT = """
+import sys
+from regard.cli import main
+try:
+    main({arguments})
+except SystemExit as left:
+    code = left.code
+loaded = [name for name in ("torch", "numpy", "lightning") if name in sys.modules]
+sys.exit(f"loaded {{loaded}}" if loaded else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["compare", "--help"], 0),
+        (["--version"], 0),
+        (["models"], 0),
+        (["models", "swim"], 2),
+        (["mixers", "--json"], 0),
+        (["systems"], 0),
+        (["plan", "window(7)", "--grid", "x"], 2),
+        (["demo", "--minutes", "0"], 2),
+        (["nothing"], 2),
+    ],
+)
+def test_what_needs_no_tensors_does_not_load_torch(arguments, code) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(arguments=arguments)], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+
+
+def test_listing_is_what_the_registries_say() -> None:
+    assert (resources.files("regard") / "listing.json").read_text(encoding="utf-8") == listing(), "run `make listing`"
+
+
+@pytest.mark.parametrize("command", ["systems", "mixers", "models"])
+def test_lists_on_a_terminal_break_no_words_and_fill_no_line_of_more_than_its_width(command, capsys, monkeypatch) -> None:
+    rows = {"systems": all_rows, "mixers": lambda: listed("mixers"), "models": lambda: listed("models")}[command]()
+    words = {word for row in rows for key in ("name", "title", "what", "cost") for word in str(row.get(key, "")).split()}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = called(capsys, command)
+    assert max(map(len, out.splitlines())) <= 80
+    assert words <= set(out.split())
+
+
+@pytest.mark.parametrize("command", ["systems", "mixers", "models"])
+def test_lists_in_a_pipe_have_a_line_a_row_and_no_colours(command) -> None:
+    done = run(command)
+    rows = json.loads(run(command, "--json").stdout)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert "\x1b" not in done.stdout
+    for line, row in zip(lines[1:], rows, strict=True):
+        assert row["name"] in line
+        assert row.get("title", row.get("cost", "")) in line
+
+
+def interrupted(arguments: Sequence[str], when: Callable[[str], bool], after: float = 0.0) -> tuple[int, str, str]:
+    """A process that gets Ctrl-C some time after a line of its output, or of what it imports, is as asked for."""
+    process = subprocess.Popen(
+        [sys.executable, "-v", "-u", "-m", "regard.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert process.stderr is not None
+    errors = []
+    for line in process.stderr:
+        errors.append(line)
+        if when(line):
+            break
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    told = [line for line in err.splitlines() if not re.match(r"import |# |extension module", line)]
+    return process.returncode, out, "\n".join(told)
+
+
+@pytest.mark.parametrize("module", ["'typer'", "'regard.commands'", "'numpy'", "'torch._C'", "'torch.nn.modules.module'"])
+def test_interrupt_while_modules_are_loaded_is_one_line(module, tmp_path) -> None:
+    arguments = ["compare", "--data", "embedded", "--mixers", "window", "--out", str(tmp_path), "--runs", str(tmp_path)]
+    code, out, err = interrupted(arguments, lambda line: line.startswith(f"import {module}"))
+    assert code == 130
+    assert out == ""
+    assert err in ("stopped", "stopped; the same command goes on from here")
 
 
 def test_plan_prints_what_plan_returns(capsys) -> None:

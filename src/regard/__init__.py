@@ -2,14 +2,20 @@
 
 ``attend(q, k, v, pattern)`` computes any softmax attention of the field, exactly, on any device; mixers, models and systems
 are built from it, and :mod:`regard.lens` shows what they look at.
+
+Names are loaded when they are first used, so that what needs no tensors, such as ``regard --help``, does not load torch.
 """
 
-from . import bench, lens
-from .caches import cache_info, clear_caches
-from .layers.mixers import create_mixer, list_mixers
-from .models import create_model, list_models, load_checkpoint
-from .ops import Source, attend, merge, patterns
-from .ops.planning import backends, plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import bench, lens
+    from .caches import cache_info, clear_caches
+    from .layers.mixers import create_mixer, list_mixers
+    from .models import create_model, list_models, load_checkpoint
+    from .ops import Source, attend, merge, patterns
+    from .ops.planning import backends, plan
 
 __version__ = "0.1.0"
 
@@ -30,3 +36,34 @@ __all__ = [
     "patterns",
     "plan",
 ]
+
+_HOMES = {
+    "attend": "ops",
+    "backends": "ops.planning",
+    "cache_info": "caches",
+    "clear_caches": "caches",
+    "create_mixer": "layers.mixers",
+    "create_model": "models",
+    "list_mixers": "layers.mixers",
+    "list_models": "models",
+    "load_checkpoint": "models",
+    "merge": "ops",
+    "patterns": "ops",
+    "plan": "ops.planning",
+    "Source": "ops",
+}
+_ROOMS = ("bench", "layers", "lens", "models", "ops")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

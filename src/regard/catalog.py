@@ -6,17 +6,19 @@ or, where several share a file, in the docstring of its class.
 
 from __future__ import annotations
 
-import csv
 import inspect
+import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import resources
 from pkgutil import resolve_name
+from typing import Any
 
-from .models import ModelCard, model_card
+from .layers.mixers import create_mixer, list_mixers, mixer_class
+from .listing import HEADS, WIDTH, rows
+from .models import ModelCard, count_parameters, list_models, model_card
 from .names import unknown_name
 from .ops.patterns import parse
 
@@ -132,18 +134,6 @@ def systems() -> tuple[System, ...]:
     return tuple(_system(row) for row in rows())
 
 
-def rows() -> list[dict[str, str]]:
-    """The lines of ``systems.csv`` as they stand there.
-
-    Raises:
-        FileNotFoundError: an installation without the catalog.
-    """
-    file = resources.files("regard") / "systems.csv"
-    if not file.is_file():
-        raise FileNotFoundError("the catalog systems.csv is missing from this installation of regard")
-    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-
-
 def search(words: str) -> list[System]:
     """The systems that contain all words, wherever they stand, newest first; all without any."""
     wanted = words.lower().split()
@@ -171,3 +161,39 @@ def _system(row: dict[str, str]) -> System:
     exempt = dict(part.strip().split(": ", 1) for part in row["exempt"].split(";") if part.strip())
     words = {name: row[name] for name in ("slug", "name", "title", "arxiv", "kind", "area", "entry")}
     return System(id=int(row["id"]), year=int(row["year"]), sizes=tuple(row["sizes"].split()), exempt=exempt, **words)
+
+
+def mixer_rows(names: Sequence[str] | None = None, dim: int = WIDTH, heads: int = HEADS) -> list[dict[str, Any]]:
+    """What there is to say of mixers in a line each: parameters, what it is, its cost and its paper."""
+    found: list[dict[str, Any]] = []
+    for name in list_mixers() if names is None else names:
+        text = sys.modules[mixer_class(name).__module__].__doc__ or ""
+        flat = " ".join(text.split())
+        cost = re.search(r"Cost: (.*?)\.(?: |$)", flat)
+        papers = ", ".join(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", flat)))
+        params = count_parameters(create_mixer(name, dim=dim, heads=heads))
+        what = text.split(":")[0].strip()
+        found.append({"name": name, "params": params, "what": what, "cost": cost.group(1) if cost else "", "arxiv": papers})
+    return found
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """Likewise of backbones: parameters, published multiply-adds, image size and paper."""
+    cards = [model_card(name) for name in list_models()]
+    return [
+        {"name": card.name, "params": card.params, "gmacs": card.gmacs, "size": card.input_size, "arxiv": card.arxiv}
+        for card in cards
+    ]
+
+
+def listing() -> str:
+    """The text of ``listing.json``, see :mod:`regard.listing`: a line for each mixer and each backbone."""
+
+    def lines(kind: Sequence[dict[str, Any]]) -> str:
+        return ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in kind)
+
+    return f'{{"mixers": [\n{lines(mixer_rows())}\n], "models": [\n{lines(model_rows())}\n]}}\n'
+
+
+if __name__ == "__main__":  # `make listing`
+    sys.stdout.write(listing())

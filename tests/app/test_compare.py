@@ -106,6 +106,30 @@ def test_flops_of_routing_are_counted_without_computing(side) -> None:
     assert compare._flops_at(SMALL, chosen("bi_level_routing"), side) == expected
 
 
+@pytest.mark.parametrize("name", ["neighborhood", "bi_level_routing", "multi_head"])
+def test_flops_need_no_clock_and_are_drawn_on_a_busy_machine_too(name, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "PATIENCE", 0.0)  # whatever is timed takes too long
+    growth.cache_clear()
+    assert [side for side, _ in growth(SMALL, chosen(name))] == [7, 14, 28, 56]
+    growth.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(1.73, "1.73 s"), (0.00412, "4.12 ms"), (0.9999, "1 s"), (0.5, "500 ms"), (95.04, "95 s"), (1234.0, "1234 s")],
+)
+def test_times_are_written_without_powers_of_ten(seconds, words) -> None:
+    assert compare.duration(seconds) == words
+
+
+def test_an_axis_has_numbers_where_its_values_lie_close_together(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(compare, "_scaled", lambda value, seconds=False: seen.append((value, seconds)) or "x")
+    compare.growth_figure([("a", [(7, 2.3e6)], [(7, 0.031), (14, 0.042)])])
+    assert any(1.1e6 <= value <= 4.7e6 for value, seconds in seen if not seconds)
+    assert any(0.0155 <= value <= 0.084 for value, seconds in seen if seconds)
+
+
 def test_time_is_measured_once_for_the_grid_that_is_shown() -> None:
     points = dict(times(SMALL, chosen("window"), 123.0))
     assert points[14] == 123.0
@@ -153,6 +177,16 @@ def test_uploads_are_seen_upright_on_white_and_in_all_their_greys() -> None:
     assert sent(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")[:, 2, 2].tolist() == pytest.approx([254, 0, 0], abs=3)
 
 
+def test_a_photograph_of_a_phone_is_taken_and_kept_small() -> None:
+    seen = uploads.decode(encoded(8064, 6048, "JPEG"))  # 48 million pixels, decoded at an eighth
+    assert seen.shape == (3, 768, 1024)
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    assert 8 << 20 < len(buffer.getvalue()) < uploads.BYTES
+    assert uploads.decode(buffer.getvalue()).shape == (3, 1024, 1024)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -160,7 +194,8 @@ def test_uploads_are_seen_upright_on_white_and_in_all_their_greys() -> None:
         (encoded(60, 40)[:60], "cannot read this image"),
         (encoded(60, 40, "TIFF"), "not an image of PNG"),
         (encoded(6000, 6000), "6000 x 6000 pixels, more than 24 million"),
-        (b"0" * (9 << 20), "8 MiB at most"),
+        (encoded(9000, 8000, "JPEG"), "9000 x 8000 pixels, more than 64 million"),
+        (b"0" * (33 << 20), "32 MiB at most; got 33.0 MiB"),
     ],
 )
 def test_uploads_that_are_no_images_or_too_large_are_refused(data, message) -> None:

@@ -14,7 +14,7 @@ from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture
 from regard.ops.kernels import apply_kernel
-from regard.ops.observe import OBSERVERS, WATCHERS, WITHIN
+from regard.ops.observe import OBSERVERS, WATCHERS, within
 from regard.ops.transposed import attend_transposed
 
 STATIC = [
@@ -488,7 +488,7 @@ def test_nothing_watches_after_a_capture_or_an_error():
     q = random_qkv()[0]
     with pytest.raises(ValueError, match="v must stand on the queries"), capture(mixer):
         attend_transposed(q, q[:, :1], q[:, :2])
-    assert not WITHIN
+    assert not within()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -70,8 +70,8 @@ def test_rollout_and_relevance_drawn_are_those_of_the_lens(swin, photo, start) -
         rolled = rollout(maps, start=start).on_image()[0, 0]
     heats = {panel.title: panel.heat for panel in made.panels}
     torch.testing.assert_close(heats["rollout"], rolled, **CLOSE)
-    torch.testing.assert_close(heats["relevance"], relevance(swin, images, 2, start).on_image()[0, 0], **CLOSE)
-    assert not torch.allclose(heats["relevance"], relevance(swin, images, 0, start).on_image()[0, 0], rtol=1e-3)
+    torch.testing.assert_close(heats["relevance, class 2"], relevance(swin, images, 2, start).on_image()[0, 0], **CLOSE)
+    assert not torch.allclose(heats["relevance, class 2"], relevance(swin, images, 0, start).on_image()[0, 0], rtol=1e-3)
 
 
 def test_sheet_is_bright_where_the_weight_is_and_grey_where_none_is() -> None:
@@ -148,8 +148,10 @@ def test_command_writes_a_picture_and_a_page_that_needs_nothing_else(tmp_path, c
         (("{junk}", "--model", VIT, "--rollout"), "cannot read the image"),
         (("chelsea", "--model", VIT, "--query", "0.5,0.01"), "lies outside of what the model sees"),
         (("chelsea", "--model", VIT, "--query", "9,9,9"), "query must be y,x"),
-        (("chelsea", "--model", VIT), "say what to look for"),
-        (("chelsea", "--model", VIT, "--rollout", "--target", "3"), "ask for relevance with it; got 3 alone"),
+        (("chelsea", "--model", VIT, "--rollout", "--target", "3"), "--relevance speaks for: give both; got --target 3 alone"),
+        (("chelsea", "--model", "tiny_dino", "--relevance", "--target", "5"), "this model has no classes"),
+        (("chelsea", "--model", VIT, "--size", "99999999999999999999"), "Invalid value for '--size'"),
+        (("chelsea", "--model", VIT, "--target", "-1", "--relevance"), "Invalid value for '--target'"),
         (("chelsea", "--model", VIT, "--relevance", "--target", "1000"), "target must be classes 0 to 999; got 1000"),
         (("chelsea", "--model", f"{VIT}=absent.safetensors", "--rollout"), "absent.safetensors"),
         (("chelsea", "--model", f"{VIT}={{junk}}", "--rollout"), "cannot read"),
@@ -167,6 +169,37 @@ def test_what_the_user_got_wrong_is_one_line(tmp_path, capsys, arguments, messag
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "seen.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--query", "9,9,9"),
+        ("--query", "0.5,0.01"),
+        ("--normalise", "none"),
+        ("--target", "3"),
+        ("--out", "{file}/seen"),
+    ],
+)
+def test_what_was_typed_is_read_before_a_model_is_built(tmp_path, capsys, monkeypatch, arguments) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("regard.lens.explain.open_model", lambda *_: pytest.fail("the model was built"))
+    assert called("chelsea", "--model", VIT, *(each.format(file=tmp_path / "file") for each in arguments)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_a_wish_the_middle_of_the_image_is_asked(tmp_path, capsys) -> None:
+    assert called("chelsea", "--model", "tiny_dino", "--out", str(tmp_path / "a.b")) == 0
+    assert called("chelsea", "--model", "tiny_dino", "--query", "0.5,0.5", "--out", str(tmp_path / "c")) == 0
+    assert (tmp_path / "a.b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+
+
+def test_rings_of_rollout_and_relevance_are_on_the_middle_of_a_token(swin, photo) -> None:
+    made = explain(swin, photo, query=QUERY, with_rollout=True, with_relevance=True)
+    rings = {panel.title: panel.query for panel in made.panels}
+    fine = made.panels[0]  # the finest grid
+    assert rings["rollout"] == rings["relevance"] == fine.query
+    assert fine.query != QUERY
 
 
 def test_query_of_the_photograph_is_found_in_its_middle_square() -> None:

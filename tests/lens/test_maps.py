@@ -12,7 +12,7 @@ from regard import patterns as P
 from regard.lens import capture, image_map
 from regard.models.registry import model_card
 from regard.ops.footprint import Footprint
-from regard.ops.observe import OBSERVERS, WITHIN
+from regard.ops.observe import OBSERVERS, within
 
 PATTERNS = [
     P.Dense(), P.Causal(), P.Window(3, shift=1), P.Window(4), P.Neighborhood(3, dilation=2),
@@ -325,7 +325,7 @@ def test_weights_times_values_are_what_every_mixer_gathers(name):
     told = []
 
     def observe(record):
-        return lambda output: None if WITHIN else told.append((record, output))
+        return lambda output: None if within() else told.append((record, output))
 
     with torch.no_grad(), capture(mixer, lazy=True) as maps:
         OBSERVERS.append(observe)

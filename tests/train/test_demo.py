@@ -75,11 +75,59 @@ def test_results_hold_every_number_of_the_table(miniature) -> None:
 
 def test_finished_runs_are_not_repeated(miniature) -> None:
     before = {file: file.stat().st_mtime_ns for file in (miniature.folder / "runs").rglob("*.safetensors")}
-    accuracies = [line.split(" after")[0] for line in miniature.told if "accuracy" in line]
+    results = miniature.folder / "report" / "results.json"
+    numbers = json.loads(results.read_text())["mixers"]
+    first = [line for line in miniature.told if "accuracy" in line]
     again = miniature.again()
     assert len(before) == len(DEMO)
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    assert [line.split(" after")[0] for line in again.told if "accuracy" in line] == accuracies
+    kept = [line for line in again.told if "accuracy" in line]
+    assert kept == [line.replace(": ", ": kept from an earlier run: ", 1) for line in first]
+    assert not any("measuring" in line for line in again.told)
+    assert json.loads(results.read_text())["mixers"] == numbers  # what was measured is not measured again either
+
+
+def test_a_mixer_more_is_trained_alone_and_all_are_measured_side_by_side(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("regard.train.comparing.measure", lambda outcomes, _: [o.numbers.update(of=3) for o in outcomes])
+    two = settings(tmp_path)
+    told: list[str] = []
+    compare(two, progress=False)
+    three = replace(two, contenders=[*two.contenders, *parse_mixers("identity")])
+    found = compare(three, progress=False, tell=told.append)
+    assert told[-1].startswith("measuring")
+    assert ["kept from an earlier run" in line for line in told] == [True, True, False, False]
+    assert [one.numbers for one in found] == [{"of": 3}] * 3
+
+
+def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, monkeypatch) -> None:
+    from regard.train.module import Classifier
+
+    chosen = settings(tmp_path, recipe=Recipe(epochs=3, batch_size=8))
+    step = Classifier.training_step
+    told: list[str] = []
+
+    def interrupt(epoch: int):
+        def training_step(self, batch, index):
+            if self.current_epoch == epoch and index == 1:
+                raise KeyboardInterrupt
+            return step(self, batch, index)
+
+        monkeypatch.setattr(Classifier, "training_step", training_step)
+        told.clear()
+        with pytest.raises(KeyboardInterrupt):
+            compare(chosen, progress=False, tell=told.append)
+
+    interrupt(0)
+    assert told == ["window: stopped before its first checkpoint, begins anew"]
+    interrupt(1)
+    assert told == ["window: kept after 1 epoch of 3"]
+    interrupt(2)
+    assert told == ["window: goes on from an earlier run, after 1 epoch of 3", "window: kept after 2 epochs of 3"]
+    monkeypatch.setattr(Classifier, "training_step", step)
+    monkeypatch.setattr("regard.train.comparing.measure", lambda *_: None)
+    found = compare(chosen, progress=False, tell=told.append)
+    assert "window: goes on from an earlier run, after 2 epochs of 3" in told
+    assert [entry["epoch"] for entry in found[0].history] == [1, 2, 3]
 
 
 def test_demo_that_must_be_short_keeps_the_epochs_it_chose(tmp_path) -> None:
@@ -90,7 +138,12 @@ def test_demo_that_must_be_short_keeps_the_epochs_it_chose(tmp_path) -> None:
     weights = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     demo(tmp_path / "b", **options)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == weights
-    assert "would not fit" in (tmp_path / "b" / "index.html").read_text()
+    text = (tmp_path / "b" / "index.html").read_text()
+    assert "would not fit" in text
+    assert "After one epoch accuracies say nothing" in text
+    assert "Most accurate" not in text
+    assert "Learning curves" not in text  # a point is no curve
+    assert "1 epochs" not in text + "".join(told)
 
 
 def settings(folder, **changes) -> Settings:

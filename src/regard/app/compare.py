@@ -272,9 +272,9 @@ def _median(mixer: nn.Module, tokens: Tensor, runs: int = 7, budget: float = 0.6
 def growth(setting: Setting, choice: Choice) -> tuple[tuple[int, float], ...]:
     """How the FLOPs of a mechanism grow with the resolution: tokens on a side, and FLOPs.
 
-    Grids at which a mechanism does not run, or would take long to count, are left out.
+    Grids at which a mechanism does not run are left out, and those beyond ``GRIDS`` that would take long to count.
     """
-    return _points(lambda side: _flops_at(setting, choice, side), GROWTH)
+    return _points(lambda side: _flops_at(setting, choice, side), GROWTH, certain=max(GRIDS))
 
 
 def times(setting: Setting, choice: Choice, here: float) -> tuple[tuple[int, float], ...]:
@@ -294,12 +294,12 @@ def times(setting: Setting, choice: Choice, here: float) -> tuple[tuple[int, flo
     return _points(seconds, tuple(side for side in GROWTH if side <= max(GRIDS)))
 
 
-def _points(value: Callable[[int], float], sides: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """The value at each side for which there is one, until one would take long."""
+def _points(value: Callable[[int], float], sides: Sequence[int], certain: int = 0) -> tuple[tuple[int, float], ...]:
+    """The value at each side for which there is one, until one beyond ``certain`` would take long."""
     points: list[tuple[int, float]] = []
     took = 0.0
     for side in sides:
-        if took * 8 > PATIENCE:  # between linear and quadratic in tokens
+        if side > certain and took * 8 > PATIENCE:  # between linear and quadratic in tokens
             break
         start = time.perf_counter()
         try:
@@ -349,6 +349,10 @@ def growth_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]], Seque
         axes.set(xscale="log", yscale="log", xlim=(6.3, 124))
         axes.set_xticks(GROWTH, [f"{side}x{side}" for side in GROWTH])
         axes.xaxis.set_minor_locator(_no_ticks())
+        heights = [y for line in axes.lines for y in line.get_ydata()]
+        if heights and max(heights) < 30 * min(heights):  # powers of ten alone could all lie outside
+            axes.yaxis.set_major_locator(_some_ticks())
+            axes.set_ylim(min(heights) / 2, 2 * max(heights))
         axes.yaxis.set_major_formatter(lambda value, _, seconds=which == 2: _scaled(value, seconds))
         axes.yaxis.set_minor_locator(_no_ticks())
         axes.grid(color=faint, linewidth=0.8)
@@ -363,6 +367,12 @@ def growth_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]], Seque
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def _some_ticks():
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1.0, 2.0, 5.0))
+
+
 def _no_ticks():
     from matplotlib.ticker import NullLocator
 
@@ -370,9 +380,14 @@ def _no_ticks():
 
 
 def _scaled(value: float, seconds: bool = False) -> str:
-    if seconds:
-        return f"{value * 1e3:g} ms" if value < 1 else f"{value:g} s"
-    return short(value)
+    return duration(value) if seconds else short(value)
+
+
+def duration(seconds: float) -> str:
+    """A time with three digits: 4.12 ms, 1.73 s, 95 s."""
+    if seconds < 0.9995:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"
 
 
 def short(value: float) -> str:

@@ -50,14 +50,15 @@ footer{display:none!important}
   margin:.5rem 0;color:var(--body-text-color);background:var(--background-fill-secondary)}
 @media (max-width:700px){
   .gradio-container{padding:8px 4px!important}
+  .tab-container button{padding:0 .6rem!important;font-size:.9rem}
   #controls-a .form,#controls-b .form{grid-template-columns:repeat(2,1fr)}
 }
 """
 CLICK = "Click the picture: a ring marks the token that looks, colours show what it attends to."
 COSTS = (
     "One photograph, float32, {threads}; a multiply-add is two FLOPs. Predicted speed-up: the pairs of dense attention for "
-    "each that the pattern shows, which no exact method can beat, and for each that its tiles compute. Curves end where a "
-    "mechanism would take long."
+    "each that the pattern shows, which no exact method can beat, and for each that its tiles compute. A curve of "
+    "time ends where a mechanism would take long."
 )
 OLD = "These costs are of earlier settings: measure again."
 AWAY = "files of this machine are opened only where the page is served to this machine alone"
@@ -98,7 +99,7 @@ def costs(entries: list[tuple[str, compare.Cost]]) -> str:
         speed = ["-" if s is None else f"{s:.1f} x" for s in (each.speedup, each.tile_speedup)]
         cells = (
             name, compare.short(each.flops), compare.short(each.attention_flops), f"{compare.short(each.memory)}B",
-            f"{each.milliseconds:.3g} ms", *speed, each.backend, compare.short(each.params),
+            compare.duration(each.milliseconds / 1e3), *speed, each.backend, compare.short(each.params),
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     table = f'<table class="costs"><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>{"".join(rows)}</table>'
@@ -222,16 +223,24 @@ def _compare_tab(page: gr.Blocks, files: bool) -> None:
             return wrong(error), gr.Image(visible=False), ""
         return costs(entries), gr.Image(compare.growth_figure(curves), visible=True), ""
 
-    for pane in panes:
+    all_panes = [pane[key] for pane in panes for key in ("chosen", "file")]
+    drawn = [[pane["image"], pane["facts"], pane["wrong"]] for pane in panes]
+
+    def draw_both(photo, grid, dim, heads, weights, head, place, *panes):
+        common = photo, grid, dim, heads, weights, head, place
+        return *draw(*common, *panes[:2]), *draw(*common, *panes[2:])
+
+    # what both have in common changes both at once: at no time does one show the old photograph and one the new
+    both = [*shared, *all_panes], [*drawn[0], *drawn[1]]
+    gr.on([*(each.change for each in (photo, grid, dim, heads, weights, head)), page.load], draw_both, *both,
+          show_progress="minimal", show_progress_on=[pane["image"] for pane in panes], trigger_mode="always_last")  # fmt: skip
+    place.change(draw_both, *both, show_progress="hidden", trigger_mode="always_last")
+    for pane, outputs in zip(panes, drawn, strict=True):
         inputs = [*shared, pane["chosen"], pane["file"]]
-        outputs = [pane["image"], pane["facts"], pane["wrong"]]
-        changes = [each.change for each in (photo, grid, dim, heads, weights, head, pane["chosen"])]
-        gr.on([*changes, pane["file"].submit, page.load], draw, inputs, outputs, show_progress="minimal",
+        gr.on([pane["chosen"].change, pane["file"].submit], draw, inputs, outputs, show_progress="minimal",
               show_progress_on=pane["image"], trigger_mode="always_last")  # fmt: skip
-        place.change(draw, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
         pane["image"].select(_clicked, None, place, show_progress="hidden", trigger_mode="always_last")
     send.upload(_receive, send, [photo, trouble])
-    all_panes = [pane[key] for pane in panes for key in ("chosen", "file")]
     counted = [photo, grid, dim, heads, *(pane["chosen"] for pane in panes)]
     gr.on([each.change for each in counted], lambda table: hint(OLD) if "<table" in (table or "") else "", table, old,
           show_progress="hidden")  # fmt: skip
@@ -249,7 +258,7 @@ def _controls(side: str, start: str) -> dict[str, Any]:
     chosen = gr.State((start, {}))  # in one, so that it changes with the name even where no parameter does
     with gr.Row(elem_id=f"controls-{side}"):
 
-        @gr.render(inputs=name)
+        @gr.render(inputs=name, concurrency_limit=1, concurrency_id="controls")  # gradio renders one thing at a time
         def controls(name: str) -> None:
             fields = fields_of(name)
             made: list[Any] = []

@@ -112,7 +112,8 @@ def show(name: str, path: str, picture: str, what: str, place: Place, normalise:
         with torch.no_grad():
             shares = rollout(maps, start=place)
         heat = shares.on_image()[0, 0]
-        return sheet([Tile(overlay(photo(picture), heat, 512, place, float(heat.min())), ROLLOUT, followed_note(shares))], 1)
+        drawn = overlay(photo(picture), heat, 512, centre(place, shares.grid), float(heat.min()))
+        return sheet([Tile(drawn, ROLLOUT, followed_note(shares))], 1)
     if what == ALL:
         side = 220 if len(found) <= 8 else 150
         tiles = [_mean(picture, each, side, label, place) for label, each in zip(names, found, strict=True)]

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..data.embedded import PHOTOGRAPHS, photograph
 from ..data.images import as_seen
 
-BYTES = 8 << 20
+BYTES = 32 << 20
 """Of a file, at most."""
 PIXELS = 24_000_000
-"""Of an image, at most."""
+"""Of an image, at most: it is decoded whole."""
+JPEG_PIXELS = 64_000_000
+"""Of a JPEG, which is decoded at a fraction of its size."""
 SIDE = 1024
 """Longer side at which photographs are kept, in pixels."""
 KEPT = 16
@@ -88,8 +90,9 @@ def decode(data: bytes) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 width, height = opened.size
-                if width * height > PIXELS:
-                    raise ValueError(f"it has {width} x {height} pixels, more than {PIXELS / 1e6:.0f} million")
+                most = JPEG_PIXELS if opened.format == "JPEG" else PIXELS
+                if width * height > most:
+                    raise ValueError(f"it has {width} x {height} pixels, more than {most / 1e6:.0f} million")
                 opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded smaller at once
                 picture = as_seen(opened)
         picture.thumbnail((SIDE, SIDE))

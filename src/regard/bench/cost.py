@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..ops.call import Call, Source
-from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing
+from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing, listening
 from ..ops.patterns import Blocks, as_pattern, tensors_of
 from ..ops.trail import Trail
 
@@ -149,7 +149,8 @@ def count() -> Iterator[Cost]:
     """Count the cost of every attention while the context is entered, by the path of the module that attends.
 
     Paths start at the outermost module that is called; attention outside of modules is named ``attend``. What activation
-    checkpointing recomputes is not counted, nor are projections and backward passes.
+    checkpointing recomputes is not counted, nor are projections and backward passes, nor what other threads compute: each
+    thread counts its own.
     """
     cost = Cost()
     with Trail() as trail:
@@ -164,10 +165,5 @@ def count() -> Iterator[Cost]:
                 path = trail.path()
                 cost.layers.setdefault("attend" if path is None else path, LayerCost()).add_weighing(weighing)
 
-        OBSERVERS.append(observe)
-        WATCHERS.append(watch)
-        try:
+        with listening(OBSERVERS, observe), listening(WATCHERS, watch):
             yield cost
-        finally:
-            OBSERVERS.remove(observe)
-            WATCHERS.remove(watch)

@@ -179,7 +179,7 @@ def threads(number: int) -> Iterator[None]:
 def machine() -> dict[str, object]:
     """What the numbers are measured on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "vector": torch.backends.cpu.get_cpu_capability(),
         **versions(),
@@ -197,7 +197,8 @@ def versions(packages: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -208,7 +209,7 @@ def _processor() -> str:
 
 def folder(results: Path) -> Path:
     """Where the results of this kind of machine go."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{_processor()} {os.cpu_count()} cores".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()} cores".lower()).strip("-")
     return results / name
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.observe import OBSERVERS, Record
+from ..ops.observe import OBSERVERS, Record, listening
 from .cost import count
 
 OUTSIDE_ATTENTION = (
@@ -26,6 +27,9 @@ OUTSIDE_ATTENTION = (
 )
 """Operators counted besides attention: projections, MLPs, convolutions, routing scores."""
 
+_PROFILING = threading.Lock()
+"""The profiler is the process's: one thread at a time."""
+
 
 def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
     """Floating-point operations of one forward pass for each image, a multiply-add as two.
@@ -34,12 +38,23 @@ def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
         ``flops`` of everything and ``attention_flops``, those of the pairs that the patterns show (what a backend computes
         beside them is not counted).
     """
-    with torch.no_grad(), count() as attention, FlopCounterMode(display=False) as counter, _inside(counter) as inside:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Everywhere()  # type: ignore[assignment]  # the usual one follows the modules of all threads
+    with torch.no_grad(), count() as attention, counter, _inside(counter) as inside:
         model(images)
     return {
         "flops": (_products(counter) - inside.products + attention.flops) / images.shape[0],
         "attention_flops": attention.flops / images.shape[0],
     }
+
+
+class _Everywhere(AbstractContextManager):
+    """Where torch's counter books what it counts: under the total alone."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *_) -> None:
+        pass
 
 
 def _products(counter: FlopCounterMode) -> int:
@@ -68,17 +83,15 @@ def _inside(counter: FlopCounterMode) -> Iterator[_Inside]:
 
         return computed
 
-    OBSERVERS.append(observe)
-    try:
+    with listening(OBSERVERS, observe):
         yield inside
-    finally:
-        OBSERVERS.remove(observe)
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     """Bytes that were allocated at once by tensors while ``work`` ran, beyond those that existed before.
 
-    On CUDA the allocator's own peak; on a CPU every allocation and release that the profiler sees, added up in order.
+    On CUDA the allocator's own peak, which counts what other threads allocate meanwhile; on a CPU every allocation and release
+    that the profiler sees, added up in order.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -88,7 +101,7 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints that it starts and stops
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _PROFILING, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None
     found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.observe import in_this_thread
 from .captured import Map
 from .places import Cells
 
@@ -57,7 +58,7 @@ def without_heads(model: nn.Module, heads: Mapping[str, Sequence[int]]) -> Itera
     try:
         for name, silenced in heads.items():
             proj = model.get_submodule(f"{name}.proj" if name else "proj")
-            handles.append(proj.register_forward_pre_hook(_silence(known[name], silenced)))
+            handles.append(proj.register_forward_pre_hook(in_this_thread(_silence(known[name], silenced))))
         yield
     finally:
         for handle in handles:

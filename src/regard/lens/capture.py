@@ -25,7 +25,7 @@ from ..layers.mixers.criss_cross import CrissCrossAttention
 from ..layers.mixers.hilo import HiLoAttention
 from ..layers.reduce import TokenMap
 from ..ops.footprint import Footprint
-from ..ops.observe import OBSERVERS, WATCHERS, WITHIN, Record, Weighing
+from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
 from ..ops.patterns import Dense, as_pattern
 from ..ops.trail import Trail
 from .captured import Arrival, Backward, Map, Maps, check_limit, needed_bytes
@@ -54,7 +54,8 @@ def capture(
 
     Args:
         model: a module; what it attends outside of its own ``forward`` is not recorded, nor what activation checkpointing
-            recomputes. Built on :func:`regard.attend`, on :class:`torch.nn.MultiheadAttention`, on attention modules like
+            recomputes, nor what runs in another thread than the one that entered the context (as replicas of ``DataParallel``
+            do). Built on :func:`regard.attend`, on :class:`torch.nn.MultiheadAttention`, on attention modules like
             those of timm, or a vision model of transformers.
         rows: the queries to look at, all by default: row-major indices, coordinates such as ``[(12, 30)]``, or fractions of
             the grid such as ``[(0.5, 0.25)]``, which name the same place at every resolution. Attentions whose grid has
@@ -75,19 +76,10 @@ def capture(
     recorder = _Recorder(model, chosen)
     with ExitStack() as stack:
         stack.enter_context(recorder)
-        stack.enter_context(_listed(OBSERVERS, recorder.attended))
-        stack.enter_context(_listed(WATCHERS, recorder.weighed))
+        stack.enter_context(listening(OBSERVERS, recorder.attended))
+        stack.enter_context(listening(WATCHERS, recorder.weighed))
         stack.enter_context(watched(model, recorder.found))
         yield recorder.maps
-
-
-@contextmanager
-def _listed(observers: list, observer: Callable) -> Iterator[None]:
-    observers.append(observer)
-    try:
-        yield
-    finally:
-        observers.remove(observer)
 
 
 @dataclass(frozen=True)
@@ -179,7 +171,7 @@ class _Recorder(Trail):
         name = self.path(self.names)
         if name is not None and not self.recomputing and len(record.q.shape) > 4:
             self.last_grid, self.last_reduction = self._cropped(tuple(record.q.shape[1:-2])), self._reduction(name)
-        if WITHIN or not self._wanted(name, "attention"):
+        if within() or not self._wanted(name, "attention"):
             return None
         assert name is not None  # it is wanted
         grid = tuple(record.q.shape[1:-2])

@@ -204,9 +204,12 @@ def explain(
         if query is None and not with_rollout:
             output = model(images)
     if with_relevance:
+        if target is not None and _logits(output, model) is None:
+            raise ValueError(f"target is a class, and this model has no classes: leave it out; got {target}")
         maps = backward(model, images, target, layers=layers)
         check_weights(maps)
-        panels.append(_followed("relevance", relevance_of(maps, query), images, query))
+        about = "" if target is None else f", class {target}"
+        panels.append(_followed(f"relevance{about}", relevance_of(maps, query), images, query))
     return Explanation(title or type(model).__name__, photo, answer(output, model), panels, heads)
 
 
@@ -277,7 +280,8 @@ def _note(weights: Tensor, grid: Sequence[int]) -> str:
 
 def _followed(title: str, shares: Shares, images: Tensor, query: Place | None) -> Panel:
     heat = shares.on_image((images.shape[-2], images.shape[-1]))[0, 0]
-    return Panel(title, heat, followed_note(shares), query, float(heat.min()))  # all cells have nearly the same in common
+    at = None if query is None else centre(query, shares.grid)
+    return Panel(title, heat, followed_note(shares), at, float(heat.min()))  # all cells have nearly the same in common
 
 
 def followed_note(shares: Shares) -> str:
@@ -288,14 +292,20 @@ def followed_note(shares: Shares) -> str:
 
 def answer(output: object, model: nn.Module) -> str:
     """What a model says of an image, in words: its most probable class, with its name where the model has names."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:  # these are features
+    logits = _logits(output, model)
+    if logits is None:
         return "no classes"
     chances = logits[0].detach().float().softmax(-1)
     best = int(chances.argmax())
     name = getattr(getattr(model, "config", None), "id2label", {}).get(best, f"LABEL_{best}")
     called = "" if name == f"LABEL_{best}" else f" ({name})"
     return f"class {best}{called} of {len(chances)}, {float(chances.max()):.1%}"
+
+
+def _logits(output: object, model: nn.Module) -> Tensor | None:
+    """The logits ``(batch, classes)`` in the output of a model; None where it has no classes, but features."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.ndim == 2 and getattr(model, "num_classes", None) != 0 else None
 
 
 def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, int]:
@@ -392,21 +402,22 @@ def inputs_of(text: str) -> str:
                      f"{', '.join(NORMALISATIONS)}: choose one")  # fmt: skip
 
 
-def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Place | None]:
+def cut_square(image: str, query: str | None = None) -> tuple[Tensor, Place | None]:
     """The middle square of a photograph, and where a pixel of the photograph lies in it.
 
     Args:
         image: a file, or the name of an embedded photograph.
-        side: of the result, in pixels.
         query: ``y,x``: two pixels of the whole photograph, or two fractions of its height and width.
 
     Returns:
-        ``(3, side, side)``, uint8, and the query as fractions of it.
+        ``(3, edge, edge)``, uint8, and the query as fractions of it.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an image; not two numbers; a query outside of the square.
     """
+    if query is not None and not re.fullmatch(r"\s*(\d{1,9}\s*,\s*\d{1,9}|0?\.\d+\s*,\s*0?\.\d+)\s*", query):
+        raise ValueError(f"query must be y,x: two pixels such as 120,80 or two fractions such as 0.5,0.25; got {query!r}")
     if image in PHOTOGRAPHS and not Path(image).exists():
         photo = photograph(image)
     else:
@@ -414,13 +425,9 @@ def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Pla
     height, width = photo.shape[1:]
     edge = min(height, width)
     top, left = (height - edge) // 2, (width - edge) // 2
-    cut = photo[None, :, top : top + edge, left : left + edge].float()
-    seen = torch.nn.functional.interpolate(cut, (side, side), mode="bicubic", antialias=True)[0]
-    seen = seen.round().clamp(0, 255).to(torch.uint8)
+    cut = photo[:, top : top + edge, left : left + edge]
     if query is None:
-        return seen, None
-    if not re.fullmatch(r"\s*(\d+\s*,\s*\d+|0?\.\d+\s*,\s*0?\.\d+)\s*", query):
-        raise ValueError(f"query must be y,x: two pixels such as 120,80 or two fractions such as 0.5,0.25; got {query!r}")
+        return cut, None
     y, x = (float(n) * (size if "." in n else 1) for n, size in zip(query.split(","), (height, width), strict=True))
     place = (y - top) / edge, (x - left) / edge
     if not all(0.0 <= fraction < 1.0 for fraction in place):
@@ -428,4 +435,16 @@ def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Pla
             f"the query {query} lies outside of what the model sees of the image: rows {top} to {top + edge - 1} of {height}, "
             f"columns {left} to {left + edge - 1} of {width}"
         )
-    return seen, place
+    return cut, place
+
+
+def seen_at(photo: Tensor, side: int) -> Tensor:
+    """A square photograph ``(3, edge, edge)``, uint8, at the size that a model sees."""
+    seen = torch.nn.functional.interpolate(photo[None].float(), (side, side), mode="bicubic", antialias=True)[0]
+    return seen.round().clamp(0, 255).to(torch.uint8)
+
+
+def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Place | None]:
+    """:func:`cut_square` at the size ``side``."""
+    cut, place = cut_square(image, query)
+    return seen_at(cut, side), place

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,18 +90,61 @@ def is_timm_like(module: nn.Module) -> bool:
 Forward = Callable[..., Any]
 
 
+@dataclass(eq=False)
+class _Change:
+    """An attribute of a module that captures have replaced: what stood there, and who listens, by thread."""
+
+    own: Any  # of the instance; absent where its class has it
+    usual: Any  # what the attribute was
+    listeners: list[tuple[int, Any]]
+
+    def here(self) -> list[Any]:
+        """The listeners of this thread, in the order in which they came."""
+        return [listener for thread, listener in tuple(self.listeners) if thread == threading.get_ident()]
+
+
+_ABSENT = object()
+_CHANGES: dict[tuple[nn.Module, str], _Change] = {}
+_CHANGING = threading.Lock()
+
+
 @contextmanager
-def _around(module: nn.Module, wrap: Callable[[Any], Callable[[Forward], Forward]]) -> Iterator[None]:
-    """Replace the ``forward`` of one module, and put it back."""
-    own = module.__dict__.get("forward")
-    module.forward = wrap(module)(module.forward)  # type: ignore[method-assign]  # of this instance alone
+def _replaced(module: nn.Module, attribute: str, made: Callable[[_Change], Any], listener: Any) -> Iterator[None]:
+    """Replace an attribute of one module for the listeners of all threads: the first one does it, the last puts it back."""
+    entry = (threading.get_ident(), listener)
+    with _CHANGING:
+        change = _CHANGES.get((module, attribute))
+        if change is None:
+            change = _Change(module.__dict__.get(attribute, _ABSENT), getattr(module, attribute), [])
+            _CHANGES[module, attribute] = change
+            setattr(module, attribute, made(change))
+        change.listeners.append(entry)
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+        with _CHANGING:
+            change.listeners.remove(entry)
+            if not change.listeners:
+                if change.own is _ABSENT:
+                    del module.__dict__[attribute]
+                else:
+                    module.__dict__[attribute] = change.own
+                del _CHANGES[module, attribute]
+
+
+def _around(module: nn.Module, wrap: Callable[[Any], Callable[[Forward], Forward]]) -> AbstractContextManager[None]:
+    """Wrap the ``forward`` of one module in the calls of this thread."""
+
+    def made(change: _Change) -> Forward:
+        def run(*args, **kwargs):
+            forward = change.usual
+            for wrapped in change.here():
+                forward = wrapped(forward)
+            return forward(*args, **kwargs)
+
+        return run
+
+    return _replaced(module, "forward", made, wrap(module))
 
 
 def record_of(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> KeptAttention:
@@ -268,11 +312,30 @@ def _interface(model: nn.Module, windows: _Windows, report: Report) -> Iterator[
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # it is there: the modules are its own
 
-    def attention(module, query, key, value, attention_mask, **options):
-        name = configs[module]._attn_implementation
-        usual = ALL_ATTENTION_FUNCTIONS.get(name) if name != "eager" else None
-        usual = usual or sys.modules[type(module).__module__].eager_attention_forward
-        output = usual(module, query, key, value, attention_mask, **options)
+    ALL_ATTENTION_FUNCTIONS[INTERFACE] = _attention  # stays: nothing else asks for it, and another thread may
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_replaced(module, "config", _asking, (windows, report)))
+        yield
+
+
+def _asking(change: _Change) -> Any:
+    """A configuration that names our attention function."""
+    config = copy.copy(change.usual)
+    config._attn_implementation_internal = INTERFACE
+    return config
+
+
+def _attention(module, query, key, value, attention_mask, **options):
+    """The attention that a module of transformers would have asked for, and its report to the listeners of this thread."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    change = _CHANGES.get((module, "config"))  # none where another thread asked while the last capture left
+    name = (module.config if change is None else change.usual)._attn_implementation
+    usual = ALL_ATTENTION_FUNCTIONS.get(name) if name != "eager" else None
+    usual = usual or sys.modules[type(module).__module__].eager_attention_forward
+    output = usual(module, query, key, value, attention_mask, **options)
+    for windows, report in change.here() if change else ():
         is_causal = options.get("is_causal")
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         causal = bool(causal and attention_mask is None and query.shape[2] > 1)
@@ -281,19 +344,7 @@ def _interface(model: nn.Module, windows: _Windows, report: Report) -> Iterator[
         kept = record_of(query, k, v, bias_of(attention_mask, query, k, causal), options.get("scaling"))
         tokens = query.shape[2], key.shape[2]
         report(windows.seen(module, kept, *tokens, output[0], lambda gradient: gradient))
-        return output
-
-    configs: dict[Any, Any] = {module: module.config for module in modules}
-    ALL_ATTENTION_FUNCTIONS[INTERFACE] = attention
-    try:
-        for module, config in configs.items():
-            module.config = copy.copy(config)
-            module.config._attn_implementation_internal = INTERFACE
-        yield
-    finally:
-        for module, config in configs.items():
-            module.config = config
-        del ALL_ATTENTION_FUNCTIONS[INTERFACE]
+    return output
 
 
 def _asks_interface(module: nn.Module) -> bool:

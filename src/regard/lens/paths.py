@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.vit import TokenBlock, VisionTransformer
+from ..ops.observe import in_this_thread
 
 
 def path_names(model: VisionTransformer) -> tuple[str, ...]:
@@ -201,11 +202,13 @@ def path_influence(
 def _without(model: VisionTransformer, member: int) -> Iterator[None]:
     """Remove a member from the stream while the context is entered."""
     if member == 0:
-        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0]._replace(x=torch.zeros_like(args[0].x)),))
+        handle = model.blocks[0].register_forward_pre_hook(
+            in_this_thread(lambda _, args: (args[0]._replace(x=torch.zeros_like(args[0].x)),))
+        )
     else:
         block = model.blocks[(member - 1) // 2]
         branch = block.mixer if member % 2 else block.mlp
-        handle = branch.drop_path.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        handle = branch.drop_path.register_forward_hook(in_this_thread(lambda _, __, output: torch.zeros_like(output)))
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from ..caches import cached
+from .counted import register_flop_formula
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 16

@@ -112,7 +112,7 @@ def _notify(
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     logits = None if sink is None else torch.as_tensor(sink, dtype=kind, device=q.device)
     record = Record(q, sources, calls, calls[0].scale, logits, start)
-    answers = [observer(record) for observer in OBSERVERS]
+    answers = [observer(record) for observer in tuple(OBSERVERS)]  # other threads come and go meanwhile
     return [answer for answer in answers if answer is not None]
 
 

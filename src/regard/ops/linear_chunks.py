@@ -19,8 +19,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from .counted import register_flop_formula
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
 from .linear_spans import (
     ACTIVATIONS,

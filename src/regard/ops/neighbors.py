@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..caches import cached
+from .counted import register_flop_formula
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan

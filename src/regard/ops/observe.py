@@ -6,14 +6,19 @@ costs a length check. Observers added after a graph was compiled are not called 
 
 Operators that weigh values in another way (channels, kernels, transposed attention, mixtures) tell :data:`WATCHERS` with a
 :class:`Weighing`, in the same manner.
+
+The lists are the process's, what is told is the thread's: :func:`listening` enters an observer for what happens in the thread
+that asks, so that two threads that look at two models, or at one, do not see each other's.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -66,22 +71,57 @@ Observer = Callable[[Record], Callable[["Tensor"], object] | None]
 
 OBSERVERS: list[Observer] = []
 WATCHERS: list[Callable[[Weighing], None]] = []
-WITHIN: list[Weighing] = []
-"""Operators that are made of attentions and are running: the records of those are parts of them."""
+
+
+class _Running(threading.local):
+    """Operators that are made of attentions and are running in a thread."""
+
+    def __init__(self) -> None:
+        self.weighings: list[Weighing] = []
+
+
+_RUNNING = _Running()
+
+
+def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for the thread that asks; called from any other it does nothing and returns None."""
+    thread = threading.get_ident()
+
+    @wraps(function)
+    def called(*args, **kwargs):
+        return function(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return called
+
+
+@contextmanager
+def listening(observers: list, observer: Callable[..., Any]) -> Iterator[None]:
+    """Tell an observer what happens in this thread while the context is entered."""
+    entry = in_this_thread(observer)
+    observers.append(entry)
+    try:
+        yield
+    finally:
+        observers.remove(entry)
 
 
 def tell(weighing: Weighing) -> None:
     """Tell the watchers; the caller checks first whether there are any."""
-    for watcher in WATCHERS:
+    for watcher in tuple(WATCHERS):  # other threads come and go meanwhile
         watcher(weighing)
+
+
+def within() -> bool:
+    """Whether an operator that is made of attentions is running in this thread: their records are parts of it."""
+    return bool(_RUNNING.weighings)
 
 
 @contextmanager
 def parts_of(weighing: Weighing) -> Iterator[None]:
     """Tell the watchers about an operator, and mark the attentions inside as its parts."""
     tell(weighing)
-    WITHIN.append(weighing)
+    _RUNNING.weighings.append(weighing)
     try:
         yield
     finally:
-        WITHIN.remove(weighing)
+        _RUNNING.weighings.pop()

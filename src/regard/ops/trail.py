@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from .observe import in_this_thread
+
+_HOOKS = threading.Lock()
+"""Torch numbers its hooks with a plain counter: two that are registered at once could get one number and replace each other."""
+
 
 class Trail:
-    """Follows, while it is entered, which modules are being called; a context manager for observers.
+    """Follows, while it is entered, which modules are being called in the thread that entered it; for observers.
 
     The hooks are torch's global module hooks: nothing is written into a model, its outputs stay as they are, and the hooks
-    go away with the context, also after an exception. Modules that were compiled before do not run hooks.
+    go away with the context, also after an exception. Modules that were compiled before do not run hooks. Modules that a model
+    runs in threads of its own, such as the replicas of ``DataParallel``, are not followed.
     """
 
     def __init__(self) -> None:
@@ -20,15 +28,17 @@ class Trail:
         self._handles: list = []
 
     def __enter__(self) -> Trail:
-        self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
+        with _HOOKS:
+            self._handles = [
+                register_module_forward_pre_hook(in_this_thread(self._enter)),
+                register_module_forward_hook(in_this_thread(self._leave), always_call=True),
+            ]
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
+        with _HOOKS:
+            for handle in self._handles:
+                handle.remove()
         self.modules.clear()
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import lens
+from ..bench.harness import processor
 from ..data import VisionData
 from ..files import read_kept, set_aside, write_json
 from ..models.checkpoints import load_checkpoint, save_checkpoint
@@ -24,6 +25,7 @@ from ..models.registry import create_model
 from .contenders import Contender
 from .fitting import Recipe, fit, loaders
 from .measure import flops, latencies, memory, parameters
+from .telling import Telling, counted
 
 LATENCY_BATCH = 8
 LARGE_SIZE = 224
@@ -77,6 +79,13 @@ class Settings:
         digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return self.runs / f"{self.data.name}-{self.model}" / f"{contender.folder}-{digest}"
 
+    @property
+    def measured(self) -> Path:
+        """Where it is kept what all of these cost side by side, here and with these versions."""
+        stated = {"runs": [self.folder(each).name for each in self.contenders], "device": self.device} | environment()
+        digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:10]
+        return self.runs / f"{self.data.name}-{self.model}" / f"measured-{digest}.json"
+
 
 @dataclass
 class Outcome:
@@ -104,26 +113,37 @@ def compare(settings: Settings, *, progress: bool = True, tell: Callable[[str], 
     """
     probe = torch.zeros(2, 3, settings.data.size, settings.data.size)
     for contender in settings.contenders:  # an impossible one must not cost the time of those before it
-        model = settings.build(contender).eval()
-        with torch.inference_mode():
-            model(probe)
-    outcomes = []
-    for contender in settings.contenders:
-        outcome = train_one(settings, contender, progress=progress, tell=tell)
-        tell(f"{outcome.label}: accuracy {outcome.accuracy:.1%} after {len(outcome.history)} epochs, "
-             f"{outcome.train_seconds:.0f} s")  # fmt: skip
-        outcomes.append(outcome)
-    tell("measuring latency, memory and FLOPs side by side")
-    measure(outcomes, settings)
+        try:
+            model = settings.build(contender).eval()
+            with torch.inference_mode():
+                model(probe)
+        except (ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"mixer {contender.text} in {settings.model}: {why[0]}") from error
+    outcomes = [train_one(settings, contender, progress=progress, tell=tell) for contender in settings.contenders]
+    if not _measured(outcomes, settings, tell):
+        tell("measuring latency, memory and FLOPs side by side")
+        measure(outcomes, settings)
+        write_json(settings.measured, {outcome.name: outcome.numbers for outcome in outcomes})
     return outcomes
 
 
-def train_one(
-    settings: Settings, contender: Contender, *, progress: bool = True, tell: Callable[[str], None] = print
-) -> Outcome:
-    """Train one contender, go on with a run that was stopped, or load one that is finished.
+def _measured(outcomes: Sequence[Outcome], settings: Settings, tell: Callable[[str], None]) -> bool:
+    """Take over what was measured of the same models on this machine; whether all of it is there."""
+    found = read_kept(settings.measured, lambda value: isinstance(value, dict), tell) or {}
+    if not all(isinstance(found.get(outcome.name), dict) for outcome in outcomes):
+        return False
+    for outcome in outcomes:
+        outcome.numbers |= found[outcome.name]
+    return True
 
-    Files of the run that are damaged are set aside, ``tell`` is given a sentence for each, and what they held is computed anew.
+
+def train_one(
+    settings: Settings, contender: Contender, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None
+) -> Outcome:
+    """Train one contender, go on with a run that was stopped, or load one that is finished; ``tell`` is told which.
+
+    Files of the run that are damaged are set aside, ``tell`` is given a sentence for each, and what they held is computed again.
     """
     folder = settings.folder(contender)
     model = settings.build(contender)
@@ -136,22 +156,28 @@ def train_one(
             aside = f"; it was set aside as {set_aside(weights).name}" if weights.exists() else ""
             tell(f"{error}{aside}; the run is done again from its last checkpoint")
             found = None
+    kept = found is not None
     if found is None:
         torch.manual_seed(settings.recipe.seed)
         clock = _Clock(folder / "seconds.json", tell)
-        with clock:
-            module = fit(
-                model, settings.data, settings.recipe, folder,
-                name=contender.label, progress=progress, workers=settings.workers, accelerator=settings.device,
-                tell=tell,
-            )  # fmt: skip
+        telling = Telling(contender.label, settings.recipe.epochs, tell)
+        try:
+            with clock:
+                module = fit(
+                    model, settings.data, settings.recipe, folder, name=contender.label, progress=progress,
+                    workers=settings.workers, accelerator=settings.device, callbacks=[telling], tell=tell,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            tell(telling.stopped())
+            raise
         save_checkpoint(model.cpu(), weights)
         found = {"mixer": contender.text, "history": module.history, "train_seconds": clock.total}
         write_json(result, found)
-    history = found["history"]
-    return Outcome(
-        contender.name, contender.label, history[-1]["val_accuracy"], history, found["train_seconds"], {}, model.eval()
-    )  # fmt: skip
+    history, seconds = found["history"], found["train_seconds"]
+    accuracy = history[-1]["val_accuracy"]
+    trained = f"accuracy {accuracy:.1%} after {counted(len(history), 'epoch')}, {seconds:.0f} s"
+    tell(f"{contender.label}: {'kept from an earlier run: ' if kept else ''}{trained}")
+    return Outcome(contender.name, contender.label, accuracy, history, seconds, {}, model.eval())
 
 
 class _Clock:
@@ -303,6 +329,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
     }
 

@@ -61,12 +61,17 @@ def demo(
     data = photo_crops(size, repeats=repeats, seed=seed)
     recipe = replace(DEMO_RECIPE, seed=seed, epochs=DEMO_RECIPE.epochs if epochs is None else epochs)
     settings = Settings(data, [parse_mixer(name) for name in DEMO], recipe, runs=runs, device=device)
-    torch.set_num_threads(fastest_threads(settings))
+    # kept, so that a demo that was stopped goes on with what it began
+    first = settings.folder(settings.contenders[0])
+    kept = first.with_suffix(".threads.json")
+    found = None if fresh else read_kept(kept, _is_count, tell)
+    threads = int(found or fastest_threads(settings))
+    write_json(kept, threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
     remark = ""
     if epochs is None:
-        # kept, so that a demo that was stopped goes on with what it began
-        kept = settings.folder(settings.contenders[0]).with_suffix(f".{minutes:g}-minutes.json")
-        found = None if fresh else read_kept(kept, lambda value: isinstance(value, int) and value >= 1, tell)
+        kept = first.with_suffix(f".{minutes:g}-minutes.json")
+        found = None if fresh else read_kept(kept, _is_count, tell)
         fitting = int(found or epochs_that_fit(settings, 60.0 * minutes))
         write_json(kept, fitting)
         if fitting < recipe.epochs:
@@ -128,6 +133,10 @@ def compare_on(
     )  # fmt: skip
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _run(
     settings: Settings,
     out: Path,
@@ -141,6 +150,7 @@ def _run(
     tell: Tell,
 ) -> Path:
     if fresh:
+        settings.measured.unlink(missing_ok=True)
         for contender in settings.contenders:
             shutil.rmtree(settings.folder(contender), ignore_errors=True)
     tell(settings.data.description)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .comparing import Look, Outcome
+from .noise import frontier, standard_error
 
 COLOURS = (
     "#3d5a80", "#d1603d", "#3a8f6b", "#8a5fbf", "#c2992b", "#4aa3b5", "#b0476e", "#6b7280",
@@ -42,22 +43,29 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]  # the prologue names a DTD on the web
 
 
-def pareto(outcomes: Sequence[Outcome]) -> str:
-    """Accuracy over latency; the outcomes that no other beats in both are joined."""
+def pareto(outcomes: Sequence[Outcome], images: int) -> str:
+    """Accuracy over latency; those that buy accuracy with time are joined, see :func:`regard.train.noise.frontier`.
+
+    Args:
+        outcomes: what is compared.
+        images: independent ones that the accuracies were measured on.
+    """
     figure, axes = _figure(5.6, 3.7 + 0.12 * max(0, len(outcomes) - 6))
     points = [(o.numbers["latency_ms"], 100 * o.accuracy) for o in outcomes]
-    front = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
-    axes.plot(*zip(*front, strict=True), color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    front = [(o.numbers["latency_ms"], 100 * o.accuracy) for o in frontier(outcomes, images)]
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1, gid="frontier")
     span = max(outcome.numbers["latency_high_ms"] for outcome in outcomes)
     for index, (outcome, (x, y)) in enumerate(zip(outcomes, points, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         low, high = outcome.numbers["latency_low_ms"], outcome.numbers["latency_high_ms"]
-        axes.errorbar(x, y, xerr=[[x - low], [high - x]], color=colour, linewidth=1.2, zorder=2)
+        error = 100 * standard_error(outcome.accuracy, images)
+        axes.errorbar(x, y, xerr=[[x - low], [high - x]], yerr=error, color=colour, linewidth=1.2, zorder=2)
         axes.scatter([x], [y], s=70, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
     axes.set_xlim(0, 1.05 * span)
     axes.margins(y=0.15)
     axes.set_xlabel("latency in ms per batch (quartiles)")
-    axes.set_ylabel("accuracy in %")
+    axes.set_ylabel("accuracy in % (standard error)")
     bars = [(o.numbers["latency_low_ms"], o.numbers["latency_high_ms"]) for o in outcomes]
     _label_points(figure, axes, points, bars, short_labels([outcome.label for outcome in outcomes]))
     return _svg(figure)

@@ -15,6 +15,8 @@ from ..files import write_atomically, write_json
 from . import figures
 from .comparing import LARGE_SIZE, LATENCY_BATCH, Look, Outcome, Settings, results
 from .measure import si
+from .noise import fastest, more_accurate, most_accurate, standard_error
+from .telling import counted
 
 STYLE = """
 :root { color: #1f2933; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -35,11 +37,21 @@ td.best { font-weight: 650; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; }
 .pair svg { width: 100%; height: auto; }
 .wide { overflow-x: auto; }
+.hint { display: none; color: #6b7785; font-size: .85rem; margin: .6rem 0 0; }
 img { max-width: 100%; height: auto; display: block; margin-top: .6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; margin: .6rem 0 0; }
 dt { color: #6b7785; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 48rem) { .pair { grid-template-columns: 1fr; } }
+@media (max-width: 48rem) {
+  body { padding: 1.5rem 1rem 3rem; }
+  .pair, dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
+  .hint { display: block; }
+  .wide { box-shadow: inset -1.2rem 0 1rem -1.2rem #9aa5b1; }
+  .wide th:first-child, .wide td:first-child { position: sticky; left: 0; background: #fff; }
+  .wide img { max-width: none; width: 58rem; }
+}
 """
+
+SCROLLS = '<p class="hint">Wider than this screen: it scrolls sideways →</p>'
 
 
 @dataclass(frozen=True)
@@ -98,28 +110,29 @@ def write_report(
 
 def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | None, title: str, remark: str) -> str:
     data = found["data"]
-    best = max(outcomes, key=lambda o: o.accuracy)
-    fastest = min(outcomes, key=lambda o: o.numbers["latency_ms"])
-    doubt = _standard_error(best.accuracy, data["held_out_images"])
+    images, epochs = data["held_out_images"], found["recipe"]["epochs"]
+    doubt = standard_error(max(o.accuracy for o in outcomes), images)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="lead">{_in_words(len(outcomes))} backbones that differ only in their token mixer, trained the same way '
-        f"from the same weights. Most accurate: <b>{html.escape(best.label)}</b> ({best.accuracy:.1%}). Fastest: "
-        f"<b>{html.escape(fastest.label)}</b> ({fastest.numbers['latency_ms']:.1f} ms).</p>",
+        f"from the same weights for {counted(epochs, 'epoch')}. {_accuracies(outcomes, images, epochs)} "
+        f"{_latencies(outcomes)}</p>",
         f"<p>{html.escape(data['description'])}</p>",
         f'<p class="note">{html.escape(remark)}</p>' if remark else "",
-        _over_identity(outcomes),
+        _over_identity(outcomes, images),
         "<h2>What each mixer costs and gives</h2>",
-        _table(outcomes, data["size"]),
+        _table(outcomes, data["size"], images, epochs),
         f'<p class="note">Accuracy on held-out images; always answering one class gives {data["chance"]:.1%}. One seed, '
-        f"{data['held_out_images']} held-out images: the standard error of an accuracy is about {100 * doubt:.1f} points. "
+        f"{images} held-out images: the standard error of an accuracy is about {100 * doubt:.1f} points. Bold is what is best "
+        "beyond noise: accuracies more than two standard errors of their difference apart, latencies whose quartiles do not "
+        "overlap. "
         "FLOPs count a multiply-add as two and, in attention, the pairs that the pattern shows. Latency: median, the models "
         "taking turns. Memory: the peak of all tensors allocated beyond the weights and the input.</p>",
         '<div class="pair"><div><h2>Accuracy and latency</h2>',
-        figures.pareto(outcomes),
-        "</div><div><h2>Learning curves</h2>",
-        figures.curves(outcomes, data["chance"]),
-        "</div></div>",
+        figures.pareto(outcomes, images),
+        "</div>",
+        f"<div><h2>Learning curves</h2>{figures.curves(outcomes, data['chance'])}</div>" if epochs > 1 else "",
+        "</div>",
     ]
     if picture is not None:
         encoded = base64.b64encode(picture).decode()
@@ -128,7 +141,8 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
             "<p>The trained models on a photograph: where the token under the circle attends, in the last block of each "
             "stage, averaged over heads. Bright is most; what the mixer cannot see is left grey. These are the exact weights "
             "(<code>regard.lens.capture</code>), each map scaled to its own largest.</p>",
-            f'<img alt="attention maps" src="data:image/png;base64,{encoded}">',
+            SCROLLS,
+            f'<div class="wide"><img alt="attention maps" src="data:image/png;base64,{encoded}"></div>',
         ]
     parts += ["<h2>How it was made</h2>", _facts(found)]
     body = "\n".join(part for part in parts if part)
@@ -139,16 +153,45 @@ def _page(found: dict[str, Any], outcomes: Sequence[Outcome], picture: bytes | N
     )
 
 
-def _over_identity(outcomes: Sequence[Outcome]) -> str:
+def _accuracies(outcomes: Sequence[Outcome], images: int, epochs: int) -> str:
+    """What may be said of the accuracies."""
+    best = most_accurate(outcomes, images)
+    if epochs == 1:
+        return "After one epoch accuracies say nothing about the mixers."
+    if len(best) == 1:
+        return f"Most accurate: <b>{html.escape(best[0].label)}</b> ({best[0].accuracy:.1%})."
+    span = f"{best[0].accuracy:.1%} to {best[-1].accuracy:.1%}"
+    return f"Most accurate: no difference beyond noise between {_listed(best)} ({span})."
+
+
+def _latencies(outcomes: Sequence[Outcome]) -> str:
+    """What may be said of the latencies."""
+    best = fastest(outcomes)
+    if len(best) == 1:
+        return f"Fastest: <b>{html.escape(best[0].label)}</b> ({best[0].numbers['latency_ms']:.1f} ms)."
+    span = f"{best[0].numbers['latency_ms']:.1f} to {best[-1].numbers['latency_ms']:.1f} ms"
+    return f"Fastest: no difference beyond noise between {_listed(best)} ({span})."
+
+
+def _listed(outcomes: Sequence[Outcome]) -> str:
+    *others, last = (html.escape(o.label) for o in outcomes)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _over_identity(outcomes: Sequence[Outcome], images: int) -> str:
     """What mixing tokens gains at all, where a backbone without mixing was trained too."""
     without = next((o for o in outcomes if o.name == "identity"), None)
     others = [o for o in outcomes if o is not without]
     if without is None or not others:
         return ""
-    least = min(others, key=lambda o: o.accuracy)
-    gain = 100 * (least.accuracy - without.accuracy)
-    said = f"All others beat {without.label}, by at least {gain:.1f} points" if gain > 0 else "Not all beat it: least"
-    return f"<p>{html.escape(said)} ({html.escape(least.label)}, {least.accuracy:.1%} against {without.accuracy:.1%}).</p>"
+    above = [o for o in others if more_accurate(o, without, images)]
+    label = html.escape(without.label)
+    if len(above) == len(others):
+        gain = 100 * (min(o.accuracy for o in others) - without.accuracy)
+        said = f"All others beat {label}, by at least {gain:.1f} points"
+    else:
+        said = f"Beyond noise, {_listed(above) if above else 'none'} beats {label}"
+    return f"<p>{said} ({label} has {without.accuracy:.1%}).</p>"
 
 
 def _in_words(number: int) -> str:
@@ -156,12 +199,7 @@ def _in_words(number: int) -> str:
     return words[number] if number < len(words) else str(number)
 
 
-def _standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy measured on so many independent images."""
-    return (accuracy * (1 - accuracy) / images) ** 0.5
-
-
-def _table(outcomes: Sequence[Outcome], size: int) -> str:
+def _table(outcomes: Sequence[Outcome], size: int, images: int, epochs: int) -> str:
     columns = (*SMALL_COLUMNS, *LARGE_COLUMNS)
     groups = (
         f'<tr class="groups"><th></th><th></th><th class="of" colspan="{len(SMALL_COLUMNS)}">at {size}×{size}, as trained</th>'
@@ -169,15 +207,19 @@ def _table(outcomes: Sequence[Outcome], size: int) -> str:
     )
     heading = "".join(f"<th>{column.heading}</th>" for column in columns)
     best = {c.key: min(o.numbers[c.key] for o in outcomes) for c in columns if c.less}
+    for prefix in ("", "large_"):  # what is measured with a clock is best where noise lets it be
+        first, *tied = fastest(outcomes, prefix)
+        best[f"{prefix}latency_ms"] = -1.0 if tied else first.numbers[f"{prefix}latency_ms"]
+    first, *tied = most_accurate(outcomes, images)
+    top = -1.0 if tied or epochs == 1 else first.accuracy
     rows = []
-    top = max(o.accuracy for o in outcomes)
     for index, outcome in enumerate(outcomes):
         dot = f'<span class="dot" style="background:{figures.COLOURS[index % len(figures.COLOURS)]}"></span>'
         cells = [f"<td>{dot}{html.escape(outcome.label)}</td>", _cell(f"{outcome.accuracy:.1%}", outcome.accuracy == top)]
         cells += [_cell(c.show(outcome.numbers[c.key]), outcome.numbers[c.key] == best.get(c.key)) for c in columns]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="wide"><table><thead>{groups}<tr><th>mixer</th><th>accuracy</th>{heading}</tr></thead>'
+        f'{SCROLLS}<div class="wide"><table><thead>{groups}<tr><th>mixer</th><th>accuracy</th>{heading}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -192,12 +234,12 @@ def _facts(found: dict[str, Any]) -> str:
     facts = {
         "model": f"{found['model']} {found['table'] or ''}",
         "mixers (training time)": mixers,
-        "training": f"{recipe['epochs']} epochs of {found['data']['train']} samples, batch {recipe['batch_size']}, AdamW "
-        f"{recipe['learning_rate']:g}, weight decay {recipe['weight_decay']:g}, cosine after {recipe['warmup']:.0%} warm-up, "
-        f"label smoothing {recipe['label_smoothing']:g}, seed {recipe['seed']}",
+        "training": f"{counted(recipe['epochs'], 'epoch')} of {found['data']['train']} samples, batch {recipe['batch_size']}, "
+        f"AdamW {recipe['learning_rate']:g}, weight decay {recipe['weight_decay']:g}, cosine after {recipe['warmup']:.0%} "
+        f"warm-up, label smoothing {recipe['label_smoothing']:g}, seed {recipe['seed']}",
         "data": f"{found['data']['name']}, fingerprint {found['data']['fingerprint']}",
         "versions": f"regard {machine['regard']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['system']} {machine['machine']}, {machine['threads']} threads",
+        f"{machine['system']} {machine['machine']}, {counted(int(machine['threads']), 'thread')}",
         "all numbers": "results.json beside this file",
     }
     return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v.strip())}</dd>" for k, v in facts.items()) + "</dl>"
