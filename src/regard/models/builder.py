@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers.blocks import LayerScale, Residual
-from ..layers.linear import Linear
 from ..layers.mixers import AttentionMixer, create_mixer
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, bias_parameters
@@ -317,7 +316,7 @@ class Backbone(Staged):
         self.norm = (spec.final_norm or spec.norm)(spec.stages[-1].dim, **factory)
         self.pre_logits: nn.Module = nn.Identity()
         if spec.pre_logits:
-            fc = Linear(self.num_features, spec.pre_logits, **factory)
+            fc = nn.Linear(self.num_features, spec.pre_logits, **factory)
             self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(spec.num_classes if num_classes is None else num_classes)

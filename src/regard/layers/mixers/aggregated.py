@@ -19,7 +19,7 @@ from ...ops import Source
 from ...ops import patterns as P
 from ...ops.call import HeadTable
 from ...ops.kernels import apply_kernel
-from ..linear import Linear
+from ..linear import Chain, linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
 from .base import AttentionMixer, SplitMixer
@@ -110,7 +110,7 @@ class AggregatedAttention(SplitMixer):
         factory, taps = self.factory, window_size**2
         self.window_size, self.trained_grid = window_size, trained_grid
         self.pattern = P.Neighborhood(window_size, border="mask")
-        before = nn.Sequential(Linear(dim, dim, **factory), nn.GELU())
+        before = Chain(nn.Linear(dim, dim, **factory), nn.GELU())
         self.pool = PoolKV("adaptive", ratio, before=before, after=nn.LayerNorm(dim, **factory))
         self.length_scale = LengthScale(heads, self.head_dim, **factory)
         self.cpb = PooledOffsetMLP(heads, **factory)
@@ -166,4 +166,4 @@ class AggregatedAttention(SplitMixer):
             return y
         scaled = self.length_scale(extra_q, math.prod(k.shape[1:-2]) + extra_k.shape[1])
         y_extra = self.weigh_heads(self.attend(scaled, [Source(k, v, P.Dense()), *others]), extra, extra_q)
-        return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))

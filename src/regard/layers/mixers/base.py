@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source, attend
-from ...ops.affine import affine
 from ...ops.patterns import Dense, Ints, Pattern
-from ..linear import Linear
+from ..linear import linear, linear_part
 from ..positions import OffsetBias, RotaryPositions
 
 
@@ -71,7 +70,7 @@ class AttentionMixer(nn.Module):
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
         self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
-        self.proj: nn.Module = Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
+        self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
@@ -82,7 +81,7 @@ class AttentionMixer(nn.Module):
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
         """Create the layers that :meth:`project` uses."""
-        self.qkv = Linear(self.dim, sum(self.widths), bias=bias, **factory)
+        self.qkv = nn.Linear(self.dim, sum(self.widths), bias=bias, **factory)
 
     def initialise(self) -> None:
         """Start in a way of the mechanism's own; models call it after they have drawn the weights of all linear layers."""
@@ -120,12 +119,11 @@ class AttentionMixer(nn.Module):
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``context``: ``(batch, *grid, heads, width)``."""
         if context is x:
-            q, k, v = self.qkv(x).split(self.widths, -1)
+            q, k, v = linear(self.qkv, x).split(self.widths, -1)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            cut = self.widths[0]
-            q = affine(x, weight[:cut], None if bias is None else bias[:cut])
-            k, v = affine(context, weight[cut:], None if bias is None else bias[cut:]).split(self.widths[1:], -1)
+            cut, total = self.widths[0], sum(self.widths)
+            q = linear_part(self.qkv, x, 0, cut)
+            k, v = linear_part(self.qkv, context, cut, total).split(self.widths[1:], -1)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
@@ -157,7 +155,7 @@ class AttentionMixer(nn.Module):
         y = self._out(self.weigh_heads(self.mix(x, q, k, v, [seen]), x, q), x, v, grid)
         y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
         y_extra = self.weigh_heads(y_extra, extra, extra_q)
-        return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))
 
     def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
         """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
@@ -172,7 +170,7 @@ class AttentionMixer(nn.Module):
         return F.pad(x, [0, 0, *(n for pad in reversed(pads) for n in (0, pad))]) if any(pads) else x
 
     def _out(self, y: Tensor, x: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return self.proj_drop(self.proj(_crop(self.finish(y.flatten(-2), x, v), grid)))
+        return self.proj_drop(linear(self.proj, _crop(self.finish(y.flatten(-2), x, v), grid)))
 
     def extra_repr(self) -> str:
         kv = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
@@ -187,15 +185,15 @@ class SplitMixer(AttentionMixer):
     """
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
-        self.q = Linear(self.dim, self.widths[0], bias=bias, **factory)
-        self.kv = Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
+        self.q = nn.Linear(self.dim, self.widths[0], bias=bias, **factory)
+        self.kv = nn.Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (self.q(x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))
+        return (linear(self.q, x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))
 
     def project_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``context`` alone."""
-        k, v = self.kv(context).split(self.widths[1:], -1)
+        k, v = linear(self.kv, context).split(self.widths[1:], -1)
         return k.unflatten(-1, (self.kv_heads, self.head_dim)), v.unflatten(-1, (self.kv_heads, self.value_dim))
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:

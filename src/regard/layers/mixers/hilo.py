@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
-from ..linear import Linear
 from ..pools import PoolKV
 from .base import SplitMixer, check_choice
 from .registry import register_mixer
@@ -82,7 +81,7 @@ class HiLoAttention(nn.Module):
             self.low = PooledAttention(dim, low, window_size, head_dim=head_dim, **projections)
         for group in self.groups:  # each keeps its width
             width = group.heads * head_dim
-            group.proj = Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
+            group.proj = nn.Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
 
     @property
     def groups(self) -> list[WindowAttention | PooledAttention]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
-from ..linear import Linear
+from ..linear import linear
 from ..pools import PoolKV
 from .registry import register_mixer
 
@@ -62,17 +62,17 @@ class OutlookAttention(nn.Module):
             raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
         self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
         self.scale = (dim // heads) ** -0.5
-        self.v = Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
+        self.v = nn.Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
         self.pool = PoolKV("mean", stride)
-        self.attn = Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
+        self.attn = nn.Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def weights(self, x: Tensor) -> Tensor:
         """Of each window, ``(batch, *windows, heads, taps, taps)``: the last axis sums to 1."""
         taps = self.kernel_size**self.rank
-        logits = self.attn(self.pool(x)).unflatten(-1, (self.heads, taps, taps))
+        logits = linear(self.attn, self.pool(x)).unflatten(-1, (self.heads, taps, taps))
         return F.softmax(logits * self.scale, -1)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
@@ -91,14 +91,14 @@ class OutlookAttention(nn.Module):
         if context is not None and context.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
         grid = tuple(x.shape[1:-1])
-        v = self.v(x if context is None else context).unflatten(-1, (self.heads, -1))
+        v = linear(self.v, x if context is None else context).unflatten(-1, (self.heads, -1))
         windows = unfold_windows(v, self.kernel_size, self.stride)  # (batch, *windows, heads, taps, head_dim)
         weights = self.weights(x)
         if WATCHERS:
             tell(self._weighing(weights, grid))
         mixed = self.attn_drop(weights) @ windows
         y = self._out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
-        return y if extra is None else (y, self._out(self.v(extra)))
+        return y if extra is None else (y, self._out(linear(self.v, extra)))
 
     def _weighing(self, weights: Tensor, grid: tuple[int, ...]) -> Weighing:
         """The weights of all windows together as weights of tokens: folding and unfolding are each other's adjoint."""
@@ -112,7 +112,7 @@ class OutlookAttention(nn.Module):
         return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device)
 
     def _out(self, y: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(linear(self.proj, y))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, kernel_size={self.kernel_size}, stride={self.stride}"

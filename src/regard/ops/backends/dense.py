@@ -7,6 +7,7 @@ its log-sum-exp: where it is asked for, some queries at a time run by the defini
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf)
         bias = bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(
+    out = fused_attention(
         q, k, v,
         attn_mask=_full(mask if bias is None else bias, call),
         dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=operator.index(q.shape[1] // k.shape[1]) > 1,
@@ -48,6 +49,15 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if mask is not None and may_be_empty(call):
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2).unflatten(1, call.q_grid), None
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's operator on ``(batch, heads, tokens, width)``; in exported programs its output lies in memory in that order.
+
+    Its fused and its decomposed form leave other strides, and a view that was recorded of one does not fit the other.
+    """
+    out = F.scaled_dot_product_attention(q, k, v, **options)
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
 
 
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
