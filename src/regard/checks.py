@@ -33,7 +33,7 @@ def shown(value: object) -> str:
         layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
         return f"a{layout} {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}{where}"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # arrays have line breaks
     except Exception:
         text = "an object without a repr"
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

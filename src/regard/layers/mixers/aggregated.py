@@ -22,7 +22,7 @@ from ...ops.kernels import apply_kernel
 from ..linear import Chain, linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
-from .base import AttentionMixer, SplitMixer
+from .base import AttentionMixer, SplitMixer, check_tokens
 from .registry import register_mixer
 
 
@@ -141,9 +141,8 @@ class AggregatedAttention(SplitMixer):
         return HeadTable(self.local_bias.unflatten(-1, (self.window_size, self.window_size)), self.pattern)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        check_tokens(self.dim, 2, x, extra, context)
         seen = x if context is None else context
-        if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         if seen.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(seen.shape)}")
         q, k, v = self.project(x, seen)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_integer, check_number, check_tensor
 from ...ops import Source, attend
 from ...ops.patterns import Dense, Ints, Pattern
 from ..linear import linear, linear_part
@@ -58,8 +60,16 @@ class AttentionMixer(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_integer("dim", dim, None)
+        check_integer("heads", heads, None)
         if min(dim, heads) < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"dim must be a positive multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
+        for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+            if size is not None:
+                check_integer(name, size, 1)
+        if scale is not None:
+            check_number("scale", scale)
+        check_number("attn_drop", attn_drop, 0.0, below=1.0)
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
@@ -158,12 +168,8 @@ class AttentionMixer(nn.Module):
         return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))
 
     def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
-        """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
-        if self.rank is not None and x.ndim != self.rank + 2:
-            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        """See :func:`check_tokens`."""
+        check_tokens(self.dim, self.rank, x, extra, context)
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = self.padding(tuple(x.shape[1:-1]))
@@ -229,6 +235,34 @@ class PatternMixer(AttentionMixer):
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         return [Source(k, v, self.pattern, bias=self.bias)]
+
+
+def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
+    """Check what a mixer of ``dim`` channels is given, on a grid of ``rank`` axes (None for any number).
+
+    Raises:
+        TypeError: no tensor, or one that is not dense or not floating point.
+        ValueError: another width, rank, batch size or dtype.
+    """
+    axes = "*grid" if rank is None else f"{rank} grid axes"
+    for name, tokens, shape, count in (("x", x, axes, rank), ("extra", extra, "n", 1), ("context", context, axes, rank)):
+        if tokens is None and name != "x":
+            continue
+        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})")
+        if tokens.ndim < 3 or tokens.shape[-1] != dim or (count is not None and tokens.ndim != count + 2):
+            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
+        if tokens.shape[0] != x.shape[0]:
+            raise ValueError(f"expected {name} of as many images as x, {x.shape[0]}; got {name} {tuple(tokens.shape)}")
+        if tokens.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"expected {name} in the dtype of x, {x.dtype}; got {tokens.dtype}")
+
+
+def check_sizes_of(dim: int, heads: int) -> None:
+    """Check channels and heads where each head has its share of the channels."""
+    check_integer("dim", dim, 1)
+    check_integer("heads", heads, 1)
+    if dim % heads:
+        raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...ops.channel import channel_attend
 from ..linear import linear, linear_part
+from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -46,8 +47,7 @@ class ChannelGroupAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        check_sizes_of(dim, heads)
         self.dim, self.heads, self.scale = dim, heads, scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
@@ -64,9 +64,7 @@ class ChannelGroupAttention(nn.Module):
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix channels; arguments and results as for :class:`AttentionMixer`."""
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        check_tokens(self.dim, None, x, extra, context)
         count = x[0, ..., 0].numel()
         beside = [] if extra is None else [extra]
         tokens = torch.cat([x.flatten(1, -2), *beside], 1)

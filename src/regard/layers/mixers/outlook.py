@@ -17,6 +17,7 @@ from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
 from ..linear import linear
 from ..pools import PoolKV
+from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -56,8 +57,7 @@ class OutlookAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        check_sizes_of(dim, heads)
         if not 1 <= stride <= kernel_size:
             raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
         self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
@@ -86,8 +86,7 @@ class OutlookAttention(nn.Module):
         Returns:
             A tensor like ``x``; with ``extra`` also one like it.
         """
-        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
+        check_tokens(self.dim, self.rank, x, extra, context)
         if context is not None and context.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
         grid = tuple(x.shape[1:-1])
@@ -109,7 +108,9 @@ class OutlookAttention(nn.Module):
             spread = weights.transpose(-1, -2) @ unfold_windows(ones, self.kernel_size, self.stride)
             return fold_windows(spread, grid, self.kernel_size, self.stride).movedim((-2, -1), (1, 2))
 
-        return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device)
+        flops = 2 * weights.numel() * (self.dim // self.heads)
+        moved = (weights.numel() + 2 * len(weights) * math.prod(grid) * self.dim) * weights.element_size()
+        return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device, flops=flops, bytes=moved)
 
     def _out(self, y: Tensor) -> Tensor:
         return self.proj_drop(linear(self.proj, y))

@@ -46,7 +46,15 @@ class StripAttention(SplitMixer):
         rank: int = 2,
         **projections,
     ) -> None:
-        if heads < 1 or dim % heads or strip < 1 or ratio < 1:
+        if (
+            not isinstance(heads, int)
+            or not isinstance(dim, int)
+            or heads < 1
+            or dim < 1
+            or dim % heads
+            or strip < 1
+            or ratio < 1
+        ):
             raise ValueError(
                 f"dim must be a multiple of heads, strip and ratio at least 1; got {dim=}, {heads=}, {strip=}, {ratio=}"
             )
