@@ -683,7 +683,7 @@ def overlock(
     focus_ratio: float = 3.0,
     features: int = 1024,
     merged: bool = False,
-    auxiliary: bool = True,
+    auxiliary: bool = False,
     drop_path: float = 0.1,
     num_classes: int = 1000,
 ) -> OverLoCKSpec:
@@ -697,7 +697,8 @@ def overlock(
         mlp_ratio, focus_ratio: hidden channels of the MLPs over the width, in base and overview, and in the focus.
         features: channels that are pooled and classified.
         merged: whether dilated kernels are merged into the large ones already.
-        auxiliary: whether the overview has a classifier of its own, for training.
+        auxiliary: whether the overview has a classifier of its own, as published. It is for training with
+            :meth:`OverLoCK.forward_both`; in a plain step it would get no gradient, which distributed training refuses.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifiers.
 
@@ -742,13 +743,13 @@ _S = partial(overlock, (64, 128, 320, 512), (6, 6, 8, 3), (16, 3), (8, 16), drop
 _B = partial(overlock, (80, 160, 384, 576), (8, 8, 10, 4), (20, 4), (6, 9), drop_path=0.5)
 
 register_models([
-    ModelCard("overlock_xt", _XT, _PAPER, 17_307_272, 2.6),
-    ModelCard("overlock_t", _T, _PAPER, 34_990_472, 5.5),
-    ModelCard("overlock_s", _S, _PAPER, 58_309_772, 9.7),
-    ModelCard("overlock_b", _B, _PAPER, 98_012_968, 16.7),
+    ModelCard("overlock_xt", _XT, _PAPER, 16_969_600, 2.6),
+    ModelCard("overlock_t", _T, _PAPER, 34_476_448, 5.5),
+    ModelCard("overlock_s", _S, _PAPER, 57_795_748, 9.7),
+    ModelCard("overlock_b", _B, _PAPER, 97_434_816, 16.7),
     # published a second time with the dilated kernels merged
-    ModelCard("overlock_xt_reparam", partial(_XT, merged=True), _PAPER, 16_791_384, 2.6),
-    ModelCard("overlock_t_reparam", partial(_T, merged=True), _PAPER, 33_981_064, 5.5),
-    ModelCard("overlock_s_reparam", partial(_S, merged=True), _PAPER, 56_670_476, 9.7),
-    ModelCard("overlock_b_reparam", partial(_B, merged=True), _PAPER, 95_520_680, 16.7),
+    ModelCard("overlock_xt_reparam", partial(_XT, merged=True), _PAPER, 16_453_712, 2.6),
+    ModelCard("overlock_t_reparam", partial(_T, merged=True), _PAPER, 33_467_040, 5.5),
+    ModelCard("overlock_s_reparam", partial(_S, merged=True), _PAPER, 56_156_452, 9.7),
+    ModelCard("overlock_b_reparam", partial(_B, merged=True), _PAPER, 94_942_528, 16.7),
 ])  # fmt: skip
