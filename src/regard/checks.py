@@ -40,7 +40,7 @@ def shown(value: object) -> str:
         kind = f"{layout} {str(value.dtype).removeprefix('torch.')}"
         return f"a nested{kind} tensor{where}" if value.is_nested else f"a{kind} tensor {tuple(value.shape)}{where}"
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(repr(value).split())  # arrays have line breaks
     except Exception:
         text = "an object without a repr"
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regard.layers.linear import Linear
+from regard.layers.linear import Chain, linear, linear_part
 from regard.layers.mlps import MLP, PIECE
 from regard.ops.affine import affine, fast_here
 
@@ -78,27 +78,65 @@ def test_function_transforms_and_forward_mode_agree_with_torch():
 
 
 def test_a_compiled_layer_is_one_graph_of_plain_operators():
-    layer = Linear(16, 24)
+    layer = Chain(nn.Linear(16, 24))
     x = torch.randn(4, 30, 16)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), F.linear(x, layer.weight, layer.bias))
+    expected = F.linear(x, layer[0].weight, layer[0].bias)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
     exported = torch.export.export(layer, (x,))
     assert any("linear" in str(node.target) for node in exported.graph.nodes)
     assert not any("mkldnn" in str(node.target) for node in exported.graph.nodes)
 
 
 def test_flops_are_counted_in_both_directions():
-    layer, x = Linear(16, 24), torch.randn(4, 30, 16, requires_grad=True)
+    layer, x = nn.Linear(16, 24), torch.randn(4, 30, 16, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        layer(x).sum().backward()
+        linear(layer, x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 4 * 30 * 16 * 24
 
 
 @pytest.mark.skipif(not fast_here(), reason="this machine multiplies as fast with torch's own matrix product")
 def test_the_fast_form_is_the_one_that_runs():
-    layer, x = Linear(16, 24), torch.randn(4, 30, 16)
+    layer, x = nn.Linear(16, 24), torch.randn(4, 30, 16)
     with torch.profiler.profile() as profile, torch.no_grad():
-        layer(x)
+        linear(layer, x)
     assert any("linear_pointwise" in event.key for event in profile.key_averages())
+
+
+def test_a_part_of_a_layer_equals_that_part_of_what_it_gives():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer, x = nn.Linear(16, 24, bias=bias, dtype=torch.float64), torch.randn(4, 30, 16, dtype=torch.float64)
+        torch.testing.assert_close(linear_part(layer, x, 5, 17), layer(x)[..., 5:17])
+        handle = layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        torch.testing.assert_close(linear_part(layer, x, 5, 17), 2 * F.linear(x, layer.weight, layer.bias)[..., 5:17])
+        handle.remove()
+
+
+@pytest.mark.parametrize("change", ["hook", "pre_hook", "forward", "class", "parametrized", "global"])
+def test_a_layer_that_somebody_changed_is_called(change):
+    """In the fast form nothing of these would take effect."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 24), torch.randn(4, 30, 16)
+    plain, handle = layer(x), None
+    if change == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "pre_hook":
+        layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    elif change == "forward":
+        layer.forward = lambda x: 2 * plain
+    elif change == "class":
+        layer = nn.Sequential(layer, nn.Tanh())
+    elif change == "parametrized":
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(linear(layer, x), layer(x))
+            assert (linear(layer, x) - plain).abs().max() > 1e-3
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def test_an_mlp_in_pieces_equals_the_whole():

@@ -27,6 +27,7 @@ NARROW = {
     "focus_heads": (2, 1),
     "kernel_sizes": (7, 5, 7, 5),
     "features": 20,
+    "auxiliary": True,
 }
 BRANCHES = {5: ((3, 1), (3, 2)), 7: ((5, 1), (3, 1), (3, 2), (3, 3))}
 
@@ -326,7 +327,7 @@ def test_training_gives_the_overview_logits_of_its_own_and_every_parameter_a_gra
     (F.cross_entropy(logits, labels) + 0.4 * F.cross_entropy(overview, labels)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     for without in (
-        create_model("overlock_xt", auxiliary=False, **NARROW),
+        create_model("overlock_xt", **NARROW | {"auxiliary": False}),
         create_model("overlock_xt", num_classes=0, **NARROW),
     ):
         with pytest.raises(ValueError, match="auxiliary=True"):
@@ -390,7 +391,7 @@ def test_classifiers_can_be_replaced_and_removed():
     assert headless(image).shape == (1, 20)
     headless.reset_classifier(3)
     assert [each.shape for each in headless.forward_both(image)] == [(1, 3), (1, 3)]
-    single = create_model("overlock_xt", num_classes=5, auxiliary=False, **NARROW, **DOUBLE).eval()
+    single = create_model("overlock_xt", num_classes=5, **NARROW | {"auxiliary": False}, **DOUBLE).eval()
     load_checkpoint(single, weights)
     torch.testing.assert_close(single(image), model(image))
     other = create_model("overlock_xt", num_classes=4, **NARROW, **DOUBLE)
@@ -409,12 +410,14 @@ def test_every_published_size_is_here():
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_the_published_ones_in_training_and_for_inference(name):
     training, inference, dims, depths, focus_depths, focus_heads = SIZES[name]
-    model = create_model(name, device="meta")
-    assert count_parameters(model) == training == model_card(name).params
+    model = create_model(name, auxiliary=True, device="meta")
+    assert count_parameters(model) == training
+    assert model_card(name).params == training - count_parameters(model.aux_head)
     assert count_parameters(create_model(name, merged=True, auxiliary=False, device="meta")) == inference
     reparam = f"{name}_reparam"
-    published = count_parameters(create_model(reparam, device="meta"))
-    assert published == model_card(reparam).params == inference + count_parameters(model.aux_head)
+    published = count_parameters(create_model(reparam, auxiliary=True, device="meta"))
+    assert published == inference + count_parameters(model.aux_head)
+    assert model_card(reparam).params == count_parameters(create_model(reparam, device="meta")) == inference
     assert tuple(zip(*((s.dim, s.depth) for s in model.spec.stages), strict=True)) == (dims, depths)
     assert (model.spec.focus_depths, model.spec.focus_heads) == (focus_depths, focus_heads)
     assert [s.period[0].options["kernel_size"] for s in model.spec.stages] == [17, 15, 13, 7]

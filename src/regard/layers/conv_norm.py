@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .blocks import DropPath
 from .gates import SqueezeGate
-from .linear import Linear
+from .linear import linear
 
 Activation = Callable[[], nn.Module]
 
@@ -229,16 +229,16 @@ class NormLinear(nn.Module):
     def __init__(self, dim: int, out: int, *, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim, eps=eps, device=device, dtype=dtype)
-        self.linear = Linear(dim, out, device=device, dtype=dtype)
+        self.linear = nn.Linear(dim, out, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
+        return linear(self.linear, self.norm(x))
 
     def fuse(self) -> nn.Linear:
         """The linear layer that this is in eval mode."""
         norm, linear = self.norm, self.linear
         scale, shift = _affine(norm)
-        made = Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        made = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
         bias = linear.bias + linear.weight @ shift
         made.load_state_dict({"weight": (linear.weight * scale).detach(), "bias": bias.detach()})
         return made

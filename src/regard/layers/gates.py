@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear
+from .linear import linear
 
 Activation = Callable[[], nn.Module]
 
@@ -53,14 +53,14 @@ class SqueezeGate(nn.Module):
         super().__init__()
         self.dim = dim
         hidden = hidden or max(1, dim // 4)
-        self.fc1 = Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
         self.act = act()
-        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
         self.gate = gate()
 
     def forward(self, x: Tensor) -> Tensor:
         _check_channels(x, self.dim)
-        return x * _on_channels(self.gate(self.fc2(self.act(self.fc1(x.flatten(2).mean(-1))))), x)
+        return x * _on_channels(self.gate(linear(self.fc2, self.act(linear(self.fc1, x.flatten(2).mean(-1))))), x)
 
 
 class EfficientChannelGate(nn.Module):
@@ -105,7 +105,7 @@ class StatisticsGate(nn.Module):
     def __init__(self, dim: int, *, gate: Activation = nn.Hardsigmoid, device=None, dtype=None) -> None:
         super().__init__()
         self.dim = dim
-        self.fc = Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
+        self.fc = nn.Linear(2 * dim, dim, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm1d(dim, device=device, dtype=dtype)
         self.gate = gate()
 
@@ -117,7 +117,7 @@ class StatisticsGate(nn.Module):
         variance = (points - mean.unsqueeze(-1)).square().sum(-1) / max(1, points.shape[-1] - 1)
         flat = variance == 0
         std = variance.masked_fill(flat, 1.0).sqrt().masked_fill(flat, 0.0)
-        return x * _on_channels(self.gate(self.norm(self.fc(torch.cat([mean, std], -1)))), x)
+        return x * _on_channels(self.gate(self.norm(linear(self.fc, torch.cat([mean, std], -1)))), x)
 
 
 class SubspaceGate(nn.Module):
@@ -199,17 +199,17 @@ class TokenGate(nn.Module):
         hidden = hidden or max(1, dim // 4)
         factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, **factory)
-        self.global_reduce = Linear(dim, hidden, **factory)
-        self.local_reduce = Linear(dim, hidden, **factory)
-        self.channel_select = Linear(hidden, dim, **factory)
-        self.token_select = Linear(2 * hidden, 1, **factory)
+        self.global_reduce = nn.Linear(dim, hidden, **factory)
+        self.local_reduce = nn.Linear(dim, hidden, **factory)
+        self.channel_select = nn.Linear(hidden, dim, **factory)
+        self.token_select = nn.Linear(2 * hidden, 1, **factory)
         self.act, self.gate = act(), gate()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[-1] != self.dim:
             raise ValueError(f"expected (batch, *grid, {self.dim}); got {tuple(x.shape)}")
         y = self.norm(x)
-        local = self.act(self.local_reduce(y))
-        overall = self.act(self.global_reduce(y.mean(tuple(range(1, x.ndim - 1)), keepdim=True)))
-        tokens = self.token_select(torch.cat([local, overall.expand_as(local)], -1))
-        return x * self.gate(self.channel_select(overall)) * self.gate(tokens)
+        local = self.act(linear(self.local_reduce, y))
+        overall = self.act(linear(self.global_reduce, y.mean(tuple(range(1, x.ndim - 1)), keepdim=True)))
+        tokens = linear(self.token_select, torch.cat([local, overall.expand_as(local)], -1))
+        return x * self.gate(linear(self.channel_select, overall)) * self.gate(tokens)

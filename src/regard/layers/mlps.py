@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.affine import affine
 from .conv import convolve_tokens, depthwise
-from .linear import Linear, bare
+from .linear import is_plain, is_unheard, linear
 
 PIECE = 512
 """Tokens per thread whose hidden channels are in the caches at once."""
@@ -41,19 +41,19 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or 4 * dim
-        self.fc1 = Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
         self.act = act()
-        self.fc2 = Linear(hidden, out or dim, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, out or dim, bias=bias, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activated hidden tokens."""
-        return self.act(self.fc1(x))
+        return self.act(linear(self.fc1, x))
 
     def forward(self, x: Tensor) -> Tensor:
         if self._in_pieces(x):
             return self._forward_in_pieces(x)
-        return self.drop(self.fc2(self.drop(self.hidden(x))))
+        return self.drop(linear(self.fc2, self.drop(self.hidden(x))))
 
     def _in_pieces(self, x: Tensor) -> bool:
         """Whether a few tokens at a time give the same and are faster: at inference on a CPU, nobody listening inside."""
@@ -65,8 +65,10 @@ class MLP(nn.Module):
             and type(self).hidden is MLP.hidden
             and type(self.act) is nn.GELU
             and self.act.approximate == "none"
-            and bare(self.fc1)
-            and bare(self.fc2)
+            and is_plain(self.fc1)
+            and is_plain(self.fc2)
+            and is_unheard(self.act)
+            and is_unheard(self.drop)
         )
 
     def _forward_in_pieces(self, x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class MLP(nn.Module):
         step = PIECE * torch.get_num_threads()
         for first in range(0, len(rows), step):
             hidden = affine(rows[first : first + step], self.fc1.weight, self.fc1.bias, gelu=True)
-            out[first : first + step] = self.fc2(hidden)
+            out[first : first + step] = linear(self.fc2, hidden)
         return out.unflatten(0, x.shape[:-1])
 
 
@@ -99,7 +101,7 @@ class ConvMLP(MLP):
         self.conv = depthwise(self.fc1.out_features, kernel_size, rank, device=like.device, dtype=like.dtype)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return self.act(convolve_tokens(self.conv, self.fc1(x)))
+        return self.act(convolve_tokens(self.conv, linear(self.fc1, x)))
 
 
 class GLU(MLP):
@@ -113,13 +115,13 @@ class GLU(MLP):
 
     def __init__(self, dim: int, hidden: int | None = None, out: int | None = None, **options) -> None:
         super().__init__(dim, hidden, out, **options)
-        self.fc1 = Linear(
+        self.fc1 = nn.Linear(
             dim, 2 * self.fc2.in_features, bias=self.fc1.bias is not None,
             device=self.fc1.weight.device, dtype=self.fc1.weight.dtype,
         )  # fmt: skip
 
     def hidden(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, -1)
+        gate, value = linear(self.fc1, x).chunk(2, -1)
         return self.act(gate) * value
 
 
@@ -142,7 +144,7 @@ class ConvGLU(GLU):
         self.conv = depthwise(self.fc2.in_features, kernel_size, rank, device=like.device, dtype=like.dtype)
 
     def hidden(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, -1)
+        gate, value = linear(self.fc1, x).chunk(2, -1)
         return self.act(convolve_tokens(self.conv, gate)) * value
 
 

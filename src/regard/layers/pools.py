@@ -21,7 +21,7 @@ from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
 from ..ops.route import summaries
 from .conv import CONVOLUTIONS, convolve_tokens
-from .linear import Linear
+from .linear import linear
 
 RESIZE_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -170,20 +170,20 @@ class ClassAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.heads, self.prefix = dim, heads, prefix
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
-        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.proj = Linear(dim, dim, **factory)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, prefix + n, dim)`` to what the leading tokens gathered, ``(batch, prefix, dim)``."""
         if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] < self.prefix:
             raise ValueError(f"expected (batch, {self.prefix} + n, {self.dim}); got {tuple(x.shape)}")
-        q = self.q(x[:, : self.prefix]).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q = linear(self.q, x[:, : self.prefix]).unflatten(-1, (self.heads, -1))
+        k, v = linear(self.kv, x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         dropout = self.attn_drop if self.training else 0.0
         y = attend(q, k, v, scale=self.scale, dropout=dropout, backend=self.backend)
         assert isinstance(y, Tensor)  # no lse was asked for
-        return self.proj(y.flatten(-2))
+        return linear(self.proj, y.flatten(-2))
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, *, device=None, dtype=None) -> None:
         super().__init__()
-        self.score = Linear(dim, 1, device=device, dtype=dtype)
+        self.score = nn.Linear(dim, 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return weighted_mean(x, self.score(x).flatten(1).softmax(-1).unflatten(1, x.shape[1:-1]))
+        return weighted_mean(x, linear(self.score, x).flatten(1).softmax(-1).unflatten(1, x.shape[1:-1]))

@@ -12,7 +12,7 @@ from ..ops.call import HeadTable
 from ..ops.patterns import Dense, Ints, Pattern, Separable, as_pattern, grid_positions
 from ..ops.rope import rope
 from .conv import convolve_tokens, depthwise
-from .linear import Linear
+from .linear import linear, taken_by
 from .pools import RESIZE_MODES, resize_tokens
 
 
@@ -227,8 +227,8 @@ class PooledOffsetMLP(nn.Module):
 
     def __init__(self, heads: int, hidden: int = 512, *, device=None, dtype=None) -> None:
         super().__init__()
-        self.fc1 = Linear(2, hidden, device=device, dtype=dtype)
-        self.fc2 = Linear(hidden, heads, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(2, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, heads, device=device, dtype=dtype)
 
     def forward(self, q_grid: Sequence[int], k_grid: Sequence[int], trained: Sequence[int] | None = None) -> Tensor:
         """The bias ``(heads, queries, keys)``.
@@ -238,21 +238,21 @@ class PooledOffsetMLP(nn.Module):
             k_grid: rows and columns that adaptive pooling of the query grid leaves.
             trained: query grid of the training; ``q_grid`` by default.
         """
-        weight = self.fc1.weight
+        device, dtype = taken_by(self.fc1)
         axes = [
-            _spaced_offsets(n, m, length, weight)
+            _spaced_offsets(n, m, length, device, dtype)
             for n, m, length in zip(q_grid, k_grid, q_grid if trained is None else trained, strict=True)
         ]
         (rows, row_index), (columns, column_index) = axes
-        table = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).to(weight.dtype)
-        table = self.fc2(torch.relu(self.fc1(table)))  # (row offsets, column offsets, heads)
+        table = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).to(dtype)
+        table = linear(self.fc2, torch.relu(linear(self.fc1, table)))  # (row offsets, column offsets, heads)
         bias = table[row_index[:, None, :, None], column_index[None, :, None, :]]
         return bias.flatten(2, 3).flatten(0, 1).movedim(-1, 0)
 
 
-def _spaced_offsets(queries: int, keys: int, trained: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _spaced_offsets(queries: int, keys: int, trained: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All offsets between an axis and its pooled self, spaced, and the place among them of each query and key."""
-    device, kind = like.device, torch.promote_types(like.dtype, torch.float32)
+    kind = torch.promote_types(dtype, torch.float32)
     ranks = torch.arange(keys, device=device)
     first = (ranks * queries).div(keys, rounding_mode="floor")
     last = ((ranks + 1) * queries + keys - 1).div(keys, rounding_mode="floor") - 1

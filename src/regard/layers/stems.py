@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.patterns import Ints
 from .blocks import TokenBatchNorm
 from .conv import CONVOLUTIONS, convolve_tokens
-from .linear import Linear
+from .linear import linear
 
 Norm = Callable[..., nn.Module]
 
@@ -135,13 +135,13 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out: int, *, norm: Norm = nn.LayerNorm, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = norm(4 * dim, device=device, dtype=dtype)
-        self.reduction = Linear(4 * dim, out, bias=False, device=device, dtype=dtype)
+        self.reduction = nn.Linear(4 * dim, out, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_even(x)
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (batch, rows, 2, columns, 2, dim)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x))
+        return linear(self.reduction, self.norm(x))
 
 
 class ConvDownsample(nn.Module):

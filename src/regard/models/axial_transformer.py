@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import Residual
-from ..layers.linear import Linear
+from ..layers.linear import linear
 from ..layers.mixers import AxialAttention
 from ..layers.mlps import MLP
 
@@ -101,7 +101,7 @@ class AxialTransformer(nn.Module):
         self.outer = nn.ModuleList(block(axis, causal=axis == 0) for _ in range(outer) for axis in (1, 0))
         self.inner = nn.ModuleList(block(1, causal=True) for _ in range(inner))
         self.norm = nn.LayerNorm(dim, **factory)
-        self.head = Linear(dim, values, **factory)
+        self.head = nn.Linear(dim, values, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,7 +122,7 @@ class AxialTransformer(nn.Module):
         h = self._join(_shift(above, 1), _shift(h, 2), self.positions, context)
         for block in self.inner:
             h = block(h)
-        return self.head(self.norm(h)).unflatten(0, x.shape[:2])
+        return linear(self.head, self.norm(h)).unflatten(0, x.shape[:2])
 
     def bits_per_dim(self, x: Tensor) -> Tensor:
         """Mean number of bits that a pixel costs: the loss, and the published measure."""
@@ -161,7 +161,7 @@ class AxialTransformer(nn.Module):
                     h = self._join(above[:, :, here[2]], left, positions[here[1:]], context[here])
                     for block, cache in zip(self.inner, caches, strict=True):
                         h = block(h, cache)
-                    x[:, part, row, column] = choose(self.head(self.norm(h))[:, 0, 0])
+                    x[:, part, row, column] = choose(linear(self.head, self.norm(h))[:, 0, 0])
                     left = self.embed(x[:, part, at, here[2]]) + positions[here[1:]]
                 above = self.embed(x[:, part, at]) + positions[at] + context[:, at]
                 for block, cache in zip(self.outer, columns, strict=True):

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check_tensor
 from ..layers.blocks import LayerScale, Residual
-from ..layers.linear import Linear
+from ..layers.linear import taken_by
 from ..layers.mixers import AttentionMixer, create_mixer
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, bias_parameters
 from ..layers.stems import Norm, PatchEmbed, PatchMerging
 from .checkpoints import Layout
+from .features import FeatureInfo
 
 MixerChoice = str | tuple[str, Mapping[str, Any]] | list["str | tuple[str, Mapping[str, Any]]"]
 
@@ -241,7 +243,8 @@ class Staged(nn.Module):
     """What whole and cut backbones share: a stem and stages.
 
     Attributes:
-        feature_info: for each output a dict of ``num_chs``, ``reduction`` (pixels per token side) and ``module``.
+        feature_info: for each output a dict of ``num_chs``, ``reduction`` (pixels per token side) and ``module``, see
+            :class:`FeatureInfo`.
         unused_keys: checkpoint keys that a published model has and this one does without.
     """
 
@@ -249,14 +252,22 @@ class Staged(nn.Module):
         super().__init__()
         self.spec, self.in_chans = spec, in_chans
         self.stem, self.stages = stem, nn.ModuleList(stages)
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = FeatureInfo()
         self.unused_keys: frozenset[str] = frozenset()
 
     def embed(self, image: Tensor) -> Tensor:
         """The tokens ``(batch, rows, columns, dim)`` of the stem."""
-        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
-            raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
+        self.check_image(image)
         return self.stem(image)
+
+    def check_image(self, image: Tensor, axes: str = "height, width") -> None:
+        """Raise ``TypeError`` or ``ValueError`` for anything but images (or videos) as the model takes them."""
+        shape = f"(batch, {self.in_chans}, {axes})"
+        check_tensor("image", image, what=shape)
+        if image.ndim != axes.count(",") + 3 or image.shape[1] != self.in_chans or 0 in image.shape:
+            raise ValueError(f"expected images {shape}; got {tuple(image.shape)}")
+        if image.dtype != (kind := taken_by(self.stem)[1]) and not torch.is_autocast_enabled(image.device.type):
+            raise ValueError(f"expected images in the dtype of the model, {kind}; got {image.dtype}")
 
     def run_stages(self, image: Tensor) -> list[Tensor]:
         """The tokens ``(batch, rows, columns, dim)`` after each stage."""
@@ -325,15 +336,15 @@ class Backbone(Staged):
         drop_path = spec.drop_path if drop_path_rate is None else drop_path_rate
         super().__init__(spec, in_chans, stem, _stages(spec, drop_path, factory))
         reductions = [stem.reduction * (spec.first_stride * 2**i) for i in range(len(spec.stages))]
-        self.feature_info = [
+        self.feature_info = FeatureInfo(
             {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
             for index, (stage, reduction) in enumerate(zip(spec.stages, reductions, strict=True))
-        ]
+        )
         self.num_features = spec.num_features or spec.stages[-1].dim
         self.norm = (spec.final_norm or spec.norm)(spec.stages[-1].dim, **factory)
         self.pre_logits: nn.Module = nn.Identity()
         if spec.pre_logits:
-            fc = Linear(self.num_features, spec.pre_logits, **factory)
+            fc = nn.Linear(self.num_features, spec.pre_logits, **factory)
             self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(spec.num_classes if num_classes is None else num_classes)
@@ -353,6 +364,10 @@ class Backbone(Staged):
             self.head.apply(_init_weights)
             self.head.train(self.training)
             self.unused_keys = frozenset()
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier; an identity where there is none."""
+        return self.head
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens of the last stage, normalised unless they are pooled first: ``(batch, rows, columns, num_features)``."""
@@ -434,7 +449,7 @@ class FeatureBackbone(Staged):
         chosen = stage_indices(range(count) if out_indices is None else out_indices, count)
         super().__init__(backbone.spec, backbone.in_chans, backbone.stem, backbone.first_stages(chosen[-1]))
         self.out_indices = chosen
-        self.feature_info = [backbone.feature_info[i] for i in chosen]
+        self.feature_info = FeatureInfo(backbone.feature_info[i] for i in chosen)
         self.unused_keys = frozenset(backbone.state_dict()) | backbone.unused_keys
 
     def forward(self, image: Tensor) -> list[Tensor]:

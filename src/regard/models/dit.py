@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.linear import Linear
+from ..layers.linear import linear, taken_by
 from ..layers.mixers import MixtureOfHeadsAttention, MultiHeadAttention
 from ..layers.mlps import MLP
 from ..layers.positions import sincos
@@ -79,17 +79,17 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.waves, self.period = waves, period
         factory = {"device": device, "dtype": dtype}
-        self.mlp = nn.Sequential(Linear(2 * waves, dim, **factory), nn.SiLU(), Linear(dim, dim, **factory))
+        self.mlp = nn.Sequential(nn.Linear(2 * waves, dim, **factory), nn.SiLU(), nn.Linear(dim, dim, **factory))
         for layer in (self.mlp[0], self.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]  # of a linear layer
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, time: Tensor) -> Tensor:
-        weight = self.mlp[0].weight
-        kind = torch.promote_types(weight.dtype, torch.float32)  # type: ignore[arg-type]
+        dtype = taken_by(self.mlp)[1]
+        kind = torch.promote_types(dtype, torch.float32)
         steps = torch.arange(self.waves, device=time.device, dtype=kind) / self.waves
         angles = time.to(kind)[:, None] * torch.exp(-math.log(self.period) * steps)
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1).to(weight.dtype))  # type: ignore[arg-type]
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), -1).to(dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -138,11 +138,11 @@ class DiTBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mixer = make_mixer(block, dim, 1, **factory)
         self.mlp = MLP(dim, hidden, act=partial(nn.GELU, approximate="tanh"), **factory)
-        self.modulation = Linear(dim, 6 * dim, **factory)
+        self.modulation = nn.Linear(dim, 6 * dim, **factory)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Tokens ``(batch, rows, columns, dim)`` and the activated condition ``(batch, dim)``."""
-        before, scale, gate, mlp_before, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, -1)
+        before, scale, gate, mlp_before, mlp_scale, mlp_gate = linear(self.modulation, condition).chunk(6, -1)
         x = x + gate[:, None, None] * self.mixer(modulate(self.norm(x), before, scale))
         return x + mlp_gate[:, None, None] * self.mlp(modulate(self.norm(x), mlp_before, mlp_scale))
 
@@ -172,8 +172,8 @@ class DiT(nn.Module):
         hidden = int(spec.dim * spec.mlp_ratio)
         self.blocks = nn.ModuleList(DiTBlock(spec.dim, block, hidden, **factory) for block in spec.blocks)
         self.norm = nn.LayerNorm(spec.dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = Linear(spec.dim, 2 * spec.dim, **factory)
-        self.head = Linear(spec.dim, spec.patch_size**2 * self.out_chans, **factory)
+        self.modulation = nn.Linear(spec.dim, 2 * spec.dim, **factory)
+        self.head = nn.Linear(spec.dim, spec.patch_size**2 * self.out_chans, **factory)
         self.grad_checkpointing = False
         self._initialise()
 
@@ -236,7 +236,7 @@ class DiT(nn.Module):
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
                 tokens = block(tokens, condition)
-        y = self.head(modulate(self.norm(tokens), *self.modulation(condition).chunk(2, -1)))
+        y = linear(self.head, modulate(self.norm(tokens), *linear(self.modulation, condition).chunk(2, -1)))
         size = self.spec.patch_size
         y = y.unflatten(-1, (size, size, self.out_chans)).permute(0, 5, 1, 3, 2, 4)  # (batch, out, rows, size, columns, size)
         return y.flatten(4, 5).flatten(2, 3)[..., : x.shape[2], : x.shape[3]]

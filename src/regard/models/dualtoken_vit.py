@@ -27,7 +27,7 @@ from ..layers.blocks import DropPath, Residual
 from ..layers.conv import convolve_tokens, depthwise
 from ..layers.conv_norm import ConvNorm
 from ..layers.gates import TokenGate
-from ..layers.linear import Linear
+from ..layers.linear import Chain, linear
 from ..layers.mixers.dual_token import DualTokenAttention
 from ..layers.mlps import MLP
 from ..layers.stems import Norm, PatchMerging, pad_to_even
@@ -79,14 +79,14 @@ class DualMerging(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.merge = PatchMerging(dim, out, **factory)
-        self.shortcut = Linear(dim, out, bias=False, **factory)
+        self.shortcut = nn.Linear(dim, out, bias=False, **factory)
         self.norm = nn.LayerNorm(dim, **factory)
-        self.widen = Linear(dim, out, bias=False, **factory)
+        self.widen = nn.Linear(dim, out, bias=False, **factory)
 
     def forward(self, streams: Streams) -> Streams:
         x = pad_to_even(streams.x)
         largest = F.max_pool2d(x.movedim(-1, 1), 2).movedim(1, -1)
-        return Streams(self.merge(x) + self.shortcut(largest), self.widen(self.norm(streams.tokens)))
+        return Streams(self.merge(x) + linear(self.shortcut, largest), linear(self.widen, self.norm(streams.tokens)))
 
 
 class ConvEncoder(nn.Module):
@@ -137,14 +137,14 @@ class GatedMLP(nn.Sequential):
         super().__init__(MLP(dim, hidden, **factory), TokenGate(dim, **factory))
 
 
-class Neck(nn.Sequential):
+class Neck(Chain):
     """The norm after the last stage and one wide layer on every token, whose mean is classified.
 
     Source: Huang et al., LightViT, arXiv:2207.05557.
     """
 
     def __init__(self, dim: int, out: int, **factory) -> None:
-        super().__init__(_norm(dim, **factory), Linear(dim, out, **factory), nn.LayerNorm(out, **factory), nn.GELU())
+        super().__init__(_norm(dim, **factory), nn.Linear(dim, out, **factory), nn.LayerNorm(out, **factory), nn.GELU())
 
 
 class _TwoStreams(Staged):

@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ..layers.linear import linear
 from ..layers.mixers import MultiHeadAttention
 from ..layers.reduce import FusingReducer, TokenReducer, cosine_rate
 from ..ops import Source
@@ -31,7 +32,7 @@ class ScoredAttention(MultiHeadAttention):
         q, k, v = self.project(x, x)
         extra_q, extra_k, extra_v = self.project(extra, extra)
         sources = [Source(k, v, P.Dense()), Source(extra_k, extra_v, P.Dense())]
-        y, y_extra = (self.proj_drop(self.proj(self.attend(each, sources).flatten(-2))) for each in (q, extra_q))
+        y, y_extra = (self.proj_drop(linear(self.proj, self.attend(each, sources).flatten(-2))) for each in (q, extra_q))
         scores, _ = attend_weights(extra_q[:, :1], sources, scale=self.scale, reduce="heads")
         return y, y_extra, scores.flatten(1)
 

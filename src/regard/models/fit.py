@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.blocks import Residual
-from ..layers.linear import Linear
+from ..layers.linear import Chain, linear
 from ..layers.mixers import PatternMixer
 from ..layers.mlps import MLP
 from ..ops import attend
@@ -40,17 +40,17 @@ class CrossAttention(nn.Module):
             raise ValueError(f"the smaller of both widths must be a multiple of heads; got {dim}, {context_dim}, heads={heads}")
         self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.context_norm = nn.LayerNorm(context_dim, eps=1e-6, **factory)
-        self.q = Linear(dim, width, **factory)
-        self.kv = Linear(context_dim, 2 * width, **factory)
-        self.proj = Linear(width, dim, **factory)
+        self.q = nn.Linear(dim, width, **factory)
+        self.kv = nn.Linear(context_dim, 2 * width, **factory)
+        self.proj = nn.Linear(width, dim, **factory)
         self.mlp = _mlp(dim, hidden, factory) if hidden else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        q = linear(self.q, self.norm(x)).unflatten(-1, (self.heads, -1))
+        k, v = linear(self.kv, self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         y = attend(q, k, v)
         assert isinstance(y, Tensor)  # no lse was asked for
-        return self.mlp(x + self.proj(y.flatten(-2)))
+        return self.mlp(x + linear(self.proj, y.flatten(-2)))
 
 
 class Segment(nn.Module):
@@ -220,8 +220,8 @@ def _depths(layers: str) -> Sequence[tuple[int, int]]:
     return depths
 
 
-def _stem(in_dim: int, dim: int, factory: dict) -> nn.Sequential:
-    return nn.Sequential(Linear(in_dim, dim, **factory), nn.LayerNorm(dim, eps=1e-6, **factory))
+def _stem(in_dim: int, dim: int, factory: dict) -> Chain:
+    return Chain(nn.Linear(in_dim, dim, **factory), nn.LayerNorm(dim, eps=1e-6, **factory))
 
 
 class FIT(nn.Module):
@@ -286,9 +286,9 @@ class FITDenoiser(nn.Module):
         self.stem = _stem(in_dim, dim, factory)
         self.waves = latent_dim // 8
         self.time = nn.Sequential(
-            Linear(2 * self.waves, latent_dim, **factory), nn.SiLU(), Linear(latent_dim, latent_dim, **factory)
+            nn.Linear(2 * self.waves, latent_dim, **factory), nn.SiLU(), nn.Linear(latent_dim, latent_dim, **factory)
         )
-        self.condition = Linear(condition_dim, latent_dim, **factory)
+        self.condition = nn.Linear(condition_dim, latent_dim, **factory)
         self.before = _mlp(latent_dim, int(latent_dim * mlp_ratio), factory)
         self.before_norm = nn.LayerNorm(latent_dim, eps=1e-6, **factory)
         nn.init.zeros_(self.before_norm.weight)
@@ -298,7 +298,7 @@ class FITDenoiser(nn.Module):
         )  # fmt: skip
         if self.body.latents is None:
             raise ValueError(f"time and condition enter through the latents: layers need global blocks; got {layers!r}")
-        self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6, **factory), Linear(dim, out_dim or in_dim, **factory))
+        self.head = Chain(nn.LayerNorm(dim, eps=1e-6, **factory), nn.Linear(dim, out_dim or in_dim, **factory))
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predict for noisy tokens.
@@ -313,7 +313,7 @@ class FITDenoiser(nn.Module):
             The prediction ``(batch, groups, group_size, out_dim)`` and the latents.
         """
         self.body.check(x, self.stem[0].in_features)  # type: ignore[arg-type]  # of the linear layer
-        seen = torch.cat((self.time(self._waves(time).to(x.dtype))[:, None], self.condition(condition)), 1)
+        seen = torch.cat((self.time(self._waves(time).to(x.dtype))[:, None], linear(self.condition, condition)), 1)
         latents = self.body.latents
         assert latents is not None  # the constructor checked
         before = latents.new_zeros(len(x), *latents.shape) if before is None else before
@@ -350,11 +350,11 @@ class FITAutoregressive(nn.Module):
             layers, groups, group_size, latents, dim, latent_dim, heads, latent_heads, causal=True, **factory, **body
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.head = Linear(dim, values, **factory)
+        self.head = nn.Linear(dim, values, **factory)
         if tied:
             self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(batch, groups, group_size, values)``: at each token, of the one that follows it."""
         self.body.check(x)
-        return self.head(self.norm(self.body(self.embed(x))[0]))
+        return linear(self.head, self.norm(self.body(self.embed(x))[0]))

@@ -21,7 +21,7 @@ from ..layers.blocks import DropPath
 from ..layers.conv import convolve_tokens
 from ..layers.conv_norm import Activation, ConvNorm, round_channels
 from ..layers.gates import EfficientChannelGate, SqueezeGate
-from ..layers.linear import Linear
+from ..layers.linear import linear
 from ..layers.mixers import HaloAttention
 from ..layers.positions import OffsetEmbedding
 from .builder import BackboneSpec, BlockSpec, StageSpec, make_mixer
@@ -85,14 +85,14 @@ class BareHaloAttention(HaloAttention):
         factory = self.factory
         span = block_size + 2 * halo_size
         self.embedding = OffsetEmbedding(self.head_dim, self.pattern, span, spare=2 * halo_size, **factory)
-        self.q = Linear(dim, self.widths[0], bias=False, **factory)
-        self.kv = Linear(dim, sum(self.widths[1:]), bias=False, **factory)
+        self.q = nn.Linear(dim, self.widths[0], bias=False, **factory)
+        self.kv = nn.Linear(dim, sum(self.widths[1:]), bias=False, **factory)
         self.proj = nn.Identity()
         del self.qkv
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(context).unflatten(-1, (self.heads, -1)).split([self.head_dim, self.value_dim], -1)
+        q = linear(self.q, x).unflatten(-1, (self.heads, -1))
+        k, v = linear(self.kv, context).unflatten(-1, (self.heads, -1)).split([self.head_dim, self.value_dim], -1)
         return q, k, v
 
 

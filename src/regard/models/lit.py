@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.blocks import TokenBatchNorm
 from ..layers.conv import convolve_tokens
+from ..layers.linear import is_plain
 from ..layers.mixers import HiLoAttention
 from ..layers.mlps import ConvMLP
 from ..layers.stems import PatchEmbed, pad_to_even
@@ -75,8 +76,13 @@ class DeformableMerging(nn.Module):
         taps = torch.cartesian_prod(torch.arange(2, device=x.device), torch.arange(2, device=x.device))
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32))  # coordinates outgrow the bits of bfloat16
         samples = sample_points(x.unsqueeze(-2), offset + squares + taps)  # (batch, rows, columns, 1, tap, dim)
-        kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)  # (out, tap and dim)
-        return self.act(self.norm(affine(samples.squeeze(-3).flatten(-2), kernel, self.conv.bias)))
+        samples = samples.squeeze(-3)
+        if is_plain(self.conv, nn.Conv2d):
+            kernel = self.conv.weight.permute(0, 2, 3, 1).flatten(1)  # (out, tap and dim)
+            merged = affine(samples.flatten(-2), kernel, self.conv.bias)
+        else:  # the taps of each square side by side, as a map that the convolution takes
+            merged = convolve_tokens(self.conv, samples.unflatten(-2, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2))
+        return self.act(self.norm(merged))
 
 
 def litv2(

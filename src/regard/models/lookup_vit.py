@@ -33,6 +33,7 @@ from ..layers.reduce import ResizingReducer, TokenMap
 from ..layers.stems import PatchEmbed
 from ..ops.patterns import Ints
 from .builder import Backbone, BackboneSpec, Block, BlockSpec, FeatureBackbone, Stage, Staged, StageSpec, stage_indices
+from .features import FeatureInfo
 from .registry import ModelCard, register_models
 
 
@@ -128,9 +129,7 @@ class _Trunk(Staged):
     def run_blocks(self, image: Tensor, wanted: Sequence[int] = (-1,)) -> list[LookupState]:
         """The state after each of the ``wanted`` blocks, which are in ascending order."""
         rank = len(self.spec.grid)
-        if image.ndim != rank + 2 or image.shape[1] != self.in_chans or 0 in image.shape:
-            axes = "height, width" if rank == 2 else "frames, height, width"
-            raise ValueError(f"expected (batch, {self.in_chans}, {axes}); got {tuple(image.shape)}")
+        self.check_image(image, "height, width" if rank == 2 else "frames, height, width")
         x = self.positions(self.stem(image))
         compressed, tokens = self.compress(x, TokenMap.full(x.shape[0], math.prod(x.shape[1:-1]), x.device))
         state = LookupState(compressed, x, tokens)
@@ -193,7 +192,9 @@ class LookupViT(_Trunk, Backbone):
         self.compress = ResizingReducer(spec.size)
         self.set_size(spec.size)
         reduction = self.feature_info[0]["reduction"]
-        self.feature_info = [{"num_chs": dim, "reduction": reduction, "module": f"stages.0.blocks.{i}"} for i in range(depth)]
+        self.feature_info = FeatureInfo(
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.0.blocks.{i}"} for i in range(depth)
+        )
 
     @property
     def num_prefix_tokens(self) -> int:  # type: ignore[override]  # it changes with the size

@@ -23,7 +23,7 @@ from ..layers.blocks import DropPath, TokenBatchNorm
 from ..layers.conv import convolve_tokens, depthwise
 from ..layers.conv_norm import DILATED_BRANCHES, ConvNorm, DilatedConvNorm, fold
 from ..layers.gates import SqueezeGate
-from ..layers.linear import Linear
+from ..layers.linear import linear
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, OffsetBias
 from ..ops import patterns as P
@@ -191,7 +191,7 @@ class ContextMixing(nn.Module):
         self.sizes = (small_size, kernel_size)
         self.query = ConvNorm(dim, dim // 2, **factory)
         self.key = ConvNorm(context_dim, dim // 2, **factory)
-        self.taps = Linear(self.REGIONS**2, small_size**2 + kernel_size**2, **factory)
+        self.taps = nn.Linear(self.REGIONS**2, small_size**2 + kernel_size**2, **factory)
         self.bias_small, self.bias_large = (OffsetBias(groups, P.Neighborhood(k), **factory) for k in self.sizes)
         for bias in (self.bias_small, self.bias_large):
             nn.init.zeros_(bias.table)
@@ -207,7 +207,7 @@ class ContextMixing(nn.Module):
         pooled = F.adaptive_avg_pool2d(context.movedim(-1, 1), self.REGIONS)
         q = convolve_tokens(self.query, tokens).unflatten(-1, (self.groups, -1)) * self.scale
         k = self.key(pooled).flatten(2).unflatten(1, (self.groups, -1))  # (batch, groups, channels, regions)
-        logits = self.taps(torch.einsum("bhwgc,bgcl->bhwgl", q, k)).split([size**2 for size in self.sizes], -1)
+        logits = linear(self.taps, torch.einsum("bhwgc,bgcl->bhwgl", q, k)).split([size**2 for size in self.sizes], -1)
         biases = (self.bias_small, self.bias_large)
         grid = tokens.shape[1:3]
         return [(part + _tap_bias(bias.table, grid)).softmax(-1) for part, bias in zip(logits, biases, strict=True)]
@@ -292,7 +292,7 @@ class DynamicBlock(nn.Module):
         self.norm1 = nn.LayerNorm(both, eps=1e-6, **factory)
         self.fuse_conv = depthwise(both, 3, **factory)
         self.fuse_norm = nn.BatchNorm2d(both, **factory)
-        self.fuse_proj = Linear(both, dim, **factory)
+        self.fuse_proj = nn.Linear(both, dim, **factory)
         self.response = ResponseNorm(dim, **factory)
         self.gate = OnTokens(ConvNorm(dim, dim, act=nn.SiLU, **factory))
         self.large = OnTokens(LargeKernel(dim, kernel_size, merged=merged, **factory))
@@ -300,7 +300,7 @@ class DynamicBlock(nn.Module):
         self.mixer_proj = OnTokens(ConvNorm(dim, dim, **factory))
         self.squeeze = _squeeze_gate(dim, **factory)
         self.proj_norm = TokenBatchNorm(dim, **factory)
-        self.proj = Linear(dim, both, **factory)
+        self.proj = nn.Linear(dim, both, **factory)
         self.scale1 = Affine(both, **factory)
         self.position2 = ConvPosition(both, **factory)
         self.norm2 = nn.LayerNorm(both, eps=1e-6, **factory)
@@ -312,9 +312,9 @@ class DynamicBlock(nn.Module):
         """The branch of context mixing, of normalised tokens and context side by side."""
         tokens, context = normed.split(self.widths, -1)
         fused = F.gelu(convolve_tokens(self.fuse_norm, convolve_tokens(self.fuse_conv, normed)))
-        values = self.response(self.fuse_proj(fused))
+        values = self.response(linear(self.fuse_proj, fused))
         y = self.mixer_proj(self.mixer(tokens, context, values)) + self.large(values)
-        return self.proj(self.proj_norm(self.gate(values) * self.squeeze(y)))
+        return linear(self.proj, self.proj_norm(self.gate(values) * self.squeeze(y)))
 
     def forward(self, x: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens, the context that travels with them, and the one that does not, all on one grid; returns the first two."""
@@ -401,7 +401,7 @@ class OverviewHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, *, device=None, dtype=None) -> None:
         super().__init__()
         self.norm = TokenBatchNorm(dim, device=device, dtype=dtype)
-        self.linear = Linear(dim, num_classes, device=device, dtype=dtype)
+        self.linear = nn.Linear(dim, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x).mean((1, 2)))
@@ -444,7 +444,7 @@ class OverLoCK(_ThreeNets, Backbone):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = spec.stages[-1].dim
         context_dim = wide // 4
-        self.focus = FocusNet(Linear(wide, context_dim, **factory), _focus_stages(spec, context_dim, factory))
+        self.focus = FocusNet(nn.Linear(wide, context_dim, **factory), _focus_stages(spec, context_dim, factory))
         for info, stage, name in zip(self.feature_info[-2:], spec.stages[-2:], ("0", "1"), strict=True):
             info.update(num_chs=stage.dim + context_dim, module=f"focus.stages.{name}")
         self.apply(_init_convolutions)
@@ -683,7 +683,7 @@ def overlock(
     focus_ratio: float = 3.0,
     features: int = 1024,
     merged: bool = False,
-    auxiliary: bool = True,
+    auxiliary: bool = False,
     drop_path: float = 0.1,
     num_classes: int = 1000,
 ) -> OverLoCKSpec:
@@ -697,7 +697,8 @@ def overlock(
         mlp_ratio, focus_ratio: hidden channels of the MLPs over the width, in base and overview, and in the focus.
         features: channels that are pooled and classified.
         merged: whether dilated kernels are merged into the large ones already.
-        auxiliary: whether the overview has a classifier of its own, for training.
+        auxiliary: whether the overview has a classifier of its own, as published. It is for training with
+            :meth:`OverLoCK.forward_both`; in a plain step it would get no gradient, which distributed training refuses.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifiers.
 
@@ -742,13 +743,13 @@ _S = partial(overlock, (64, 128, 320, 512), (6, 6, 8, 3), (16, 3), (8, 16), drop
 _B = partial(overlock, (80, 160, 384, 576), (8, 8, 10, 4), (20, 4), (6, 9), drop_path=0.5)
 
 register_models([
-    ModelCard("overlock_xt", _XT, _PAPER, 17_307_272, 2.6),
-    ModelCard("overlock_t", _T, _PAPER, 34_990_472, 5.5),
-    ModelCard("overlock_s", _S, _PAPER, 58_309_772, 9.7),
-    ModelCard("overlock_b", _B, _PAPER, 98_012_968, 16.7),
+    ModelCard("overlock_xt", _XT, _PAPER, 16_969_600, 2.6),
+    ModelCard("overlock_t", _T, _PAPER, 34_476_448, 5.5),
+    ModelCard("overlock_s", _S, _PAPER, 57_795_748, 9.7),
+    ModelCard("overlock_b", _B, _PAPER, 97_434_816, 16.7),
     # published a second time with the dilated kernels merged
-    ModelCard("overlock_xt_reparam", partial(_XT, merged=True), _PAPER, 16_791_384, 2.6),
-    ModelCard("overlock_t_reparam", partial(_T, merged=True), _PAPER, 33_981_064, 5.5),
-    ModelCard("overlock_s_reparam", partial(_S, merged=True), _PAPER, 56_670_476, 9.7),
-    ModelCard("overlock_b_reparam", partial(_B, merged=True), _PAPER, 95_520_680, 16.7),
+    ModelCard("overlock_xt_reparam", partial(_XT, merged=True), _PAPER, 16_453_712, 2.6),
+    ModelCard("overlock_t_reparam", partial(_T, merged=True), _PAPER, 33_467_040, 5.5),
+    ModelCard("overlock_s_reparam", partial(_S, merged=True), _PAPER, 56_156_452, 9.7),
+    ModelCard("overlock_b_reparam", partial(_B, merged=True), _PAPER, 94_942_528, 16.7),
 ])  # fmt: skip

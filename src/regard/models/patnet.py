@@ -19,7 +19,7 @@ from ..layers.blocks import DropPath, Residual, TokenBatchNorm
 from ..layers.conv import convolve_tokens
 from ..layers.conv_norm import ConvNorm
 from ..layers.gates import StatisticsGate
-from ..layers.linear import Linear
+from ..layers.linear import linear
 from ..layers.mixers import AttentionMixer
 from ..layers.positions import DistanceBias
 from ..ops import Source
@@ -211,12 +211,12 @@ class HiddenHead(nn.Module):
         self, dim: int, num_classes: int, *, hidden: int, act: Callable[[], nn.Module], device=None, dtype=None
     ) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden, bias=False, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype)
         self.act = act()
-        self.fc2 = Linear(hidden, num_classes, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, num_classes, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return linear(self.fc2, self.act(linear(self.fc1, x)))
 
 
 def _init_convolutions(module: nn.Module) -> None:

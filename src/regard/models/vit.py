@@ -34,6 +34,7 @@ from .builder import (
     stage_indices,
 )
 from .checkpoints import Layout, Rule
+from .features import FeatureInfo
 from .registry import ModelCard, register_models
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,8 +216,7 @@ class _Trunk(Staged):
 
     def first_tokens(self, image: Tensor) -> TokenState:
         """The tokens of the grid with their positions, before any others enter."""
-        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
-            raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
+        self.check_image(image)
         x = self.stem(image)
         grid = tuple(x.shape[1:-1])
         return TokenState(x.flatten(1, -2) + self.positions.places(grid), 0, grid)
@@ -294,9 +294,9 @@ class VisionTransformer(_Trunk, Backbone):
             self.register_parameter(name, token)
         self.positions = SequencePositions(stage.dim, spec.grid, 0 if spec.enter else len(spec.prefix), **factory)
         reduction = self.feature_info[0]["reduction"]
-        self.feature_info = [
+        self.feature_info = FeatureInfo(
             {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.0.blocks.{i}"} for i in range(stage.depth)
-        ]
+        )
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifiers, one for each class token, by new ones; 0 removes them."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.blocks import DropPath
 from ..layers.conv_norm import ConvNorm
-from ..layers.linear import Linear
+from ..layers.linear import linear
 from ..layers.mixers import MultiHeadAttention, OutlookAttention
 from ..layers.mlps import MLP
 from ..layers.pools import ClassAttention
@@ -190,7 +190,7 @@ class Volo(Backbone):
             self.unused_keys |= {"aux_head.weight", "aux_head.bias"}
             return
         like = self.norm.weight
-        self.aux_head = Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.aux_head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.aux_head.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -210,7 +210,7 @@ class Volo(Backbone):
         x = self.head_drop(x)
         if pre_logits or not self.num_classes:
             return x[:, 0]
-        return self.head(x[:, 0]) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        return self.head(x[:, 0]) + 0.5 * linear(self.aux_head, x[:, 1:]).amax(1)
 
     def forward_dense(self, image: Tensor, box: Box | None = None) -> tuple[Tensor, Tensor]:
         """Logits of the class token and of every token, for training with token labels.
@@ -234,7 +234,7 @@ class Volo(Backbone):
         for stage in self.stages:
             x = stage(x)
         tokens = self.head_drop(self._classify(x))
-        dense = self.aux_head(tokens[:, 1:]).unflatten(1, x.shape[1:3])
+        dense = linear(self.aux_head, tokens[:, 1:]).unflatten(1, x.shape[1:3])
         return self.head(tokens[:, 0]), dense if box is None else mix_tokens(dense, box)
 
 

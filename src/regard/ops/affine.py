@@ -39,9 +39,14 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     Returns:
         ``(..., out)``, differentiable any number of times.
     """
-    if not _fast(x, weight, bias):
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
+    if is_fast(x, weight, bias):
+        return fast_affine(x, weight, bias, gelu=gelu)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def fast_affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """:func:`affine` of tensors that are :func:`is_fast`."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         y = _Affine.apply(x, weight, bias)
         return F.gelu(y) if gelu else y
@@ -53,7 +58,8 @@ def fast_here() -> bool:
     return _ONEDNN is not None and torch.backends.mkldnn.is_available() and _wide_but_not_intel()
 
 
-def _fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_fast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the fast form knows these tensors, here and now."""
     return (
         not torch.compiler.is_compiling()
         and x.dtype == weight.dtype == torch.float32

@@ -83,5 +83,8 @@ def channel_attend(
     weights = NORMALISERS[normaliser](scores, dim).to(v.dtype)
     if WATCHERS:
         batch, heads, asking, asked = tuple(weights.shape)
-        tell(Weighing("channel", batch, heads, (asking,), (asked,), lambda rows: weights[:, :, rows], weights.device, False))
+        flops = 2 * weights.numel() * (queries.shape[1] + v.shape[1:-2].numel())
+        moved = (q.numel() + k.numel() + v.numel()) * q.element_size() + v.shape[:-1].numel() * asking * v.element_size()
+        tell(Weighing("channel", batch, heads, (asking,), (asked,), lambda rows: weights[:, :, rows], weights.device, False,
+                      flops, moved))  # fmt: skip
     return torch.einsum("bhij,b...hj->b...hi", weights, v).to(q.dtype)

@@ -85,7 +85,9 @@ def _weighing(v: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Seque
         index = index.masked_fill(~inside, 0).expand(batch, heads, -1, -1)
         return full.scatter_add(-1, index, chosen * inside).unflatten(-1, grid)
 
-    return Weighing("kernel", batch, heads, grid, grid, over_tokens, v.device)
+    products = batch * heads * math.prod(grid) * math.prod(sizes) * v.shape[-1]
+    moved = 2 * v.numel() * v.element_size() + weights.numel() * weights.element_size()
+    return Weighing("kernel", batch, heads, grid, grid, over_tokens, v.device, flops=2 * products, bytes=moved)
 
 
 def _per_axis(name: str, value: Ints, grid: Sequence[int]) -> tuple[int, ...]:

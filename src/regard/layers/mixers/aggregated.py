@@ -19,10 +19,10 @@ from ...ops import Source
 from ...ops import patterns as P
 from ...ops.call import HeadTable
 from ...ops.kernels import apply_kernel
-from ..linear import Linear
+from ..linear import Chain, linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
-from .base import AttentionMixer, SplitMixer
+from .base import AttentionMixer, SplitMixer, check_tokens
 from .registry import register_mixer
 
 
@@ -110,7 +110,7 @@ class AggregatedAttention(SplitMixer):
         factory, taps = self.factory, window_size**2
         self.window_size, self.trained_grid = window_size, trained_grid
         self.pattern = P.Neighborhood(window_size, border="mask")
-        before = nn.Sequential(Linear(dim, dim, **factory), nn.GELU())
+        before = Chain(nn.Linear(dim, dim, **factory), nn.GELU())
         self.pool = PoolKV("adaptive", ratio, before=before, after=nn.LayerNorm(dim, **factory))
         self.length_scale = LengthScale(heads, self.head_dim, **factory)
         self.cpb = PooledOffsetMLP(heads, **factory)
@@ -141,9 +141,8 @@ class AggregatedAttention(SplitMixer):
         return HeadTable(self.local_bias.unflatten(-1, (self.window_size, self.window_size)), self.pattern)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        check_tokens(self.dim, 2, x, extra, context)
         seen = x if context is None else context
-        if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         if seen.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(seen.shape)}")
         q, k, v = self.project(x, seen)
@@ -166,4 +165,4 @@ class AggregatedAttention(SplitMixer):
             return y
         scaled = self.length_scale(extra_q, math.prod(k.shape[1:-2]) + extra_k.shape[1])
         y_extra = self.weigh_heads(self.attend(scaled, [Source(k, v, P.Dense()), *others]), extra, extra_q)
-        return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))

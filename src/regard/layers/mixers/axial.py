@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.patterns import grid_positions
+from ..linear import linear
 from .base import AttentionMixer
 from .registry import register_mixer
 
@@ -66,4 +67,4 @@ class AxialAttention(AttentionMixer):
             k, v = (torch.cat(pair, 1 + axis) for pair in zip(cache, (k, v), strict=True))
         cache[:] = k, v
         y = self.attend(q, [Source(k, v, P.Axis(axis, causal=True))], start)
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        return self.proj_drop(linear(self.proj, y.flatten(-2)))

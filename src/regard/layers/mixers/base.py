@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_integer, check_number, check_tensor
 from ...ops import Source, attend
-from ...ops.affine import affine
 from ...ops.patterns import Dense, Ints, Pattern
-from ..linear import Linear
+from ..linear import linear, linear_part
 from ..positions import OffsetBias, RotaryPositions
 
 
@@ -59,8 +60,16 @@ class AttentionMixer(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_integer("dim", dim, None)
+        check_integer("heads", heads, None)
         if min(dim, heads) < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"dim must be a positive multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
+        for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+            if size is not None:
+                check_integer(name, size, 1)
+        if scale is not None:
+            check_number("scale", scale)
+        check_number("attn_drop", attn_drop, 0.0, below=1.0)
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
@@ -71,7 +80,7 @@ class AttentionMixer(nn.Module):
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
         self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
-        self.proj: nn.Module = Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
+        self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
@@ -82,7 +91,7 @@ class AttentionMixer(nn.Module):
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
         """Create the layers that :meth:`project` uses."""
-        self.qkv = Linear(self.dim, sum(self.widths), bias=bias, **factory)
+        self.qkv = nn.Linear(self.dim, sum(self.widths), bias=bias, **factory)
 
     def initialise(self) -> None:
         """Start in a way of the mechanism's own; models call it after they have drawn the weights of all linear layers."""
@@ -120,12 +129,11 @@ class AttentionMixer(nn.Module):
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``context``: ``(batch, *grid, heads, width)``."""
         if context is x:
-            q, k, v = self.qkv(x).split(self.widths, -1)
+            q, k, v = linear(self.qkv, x).split(self.widths, -1)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            cut = self.widths[0]
-            q = affine(x, weight[:cut], None if bias is None else bias[:cut])
-            k, v = affine(context, weight[cut:], None if bias is None else bias[cut:]).split(self.widths[1:], -1)
+            cut, total = self.widths[0], sum(self.widths)
+            q = linear_part(self.qkv, x, 0, cut)
+            k, v = linear_part(self.qkv, context, cut, total).split(self.widths[1:], -1)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
@@ -157,22 +165,18 @@ class AttentionMixer(nn.Module):
         y = self._out(self.weigh_heads(self.mix(x, q, k, v, [seen]), x, q), x, v, grid)
         y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
         y_extra = self.weigh_heads(y_extra, extra, extra_q)
-        return y, self.proj_drop(self.proj(y_extra.flatten(-2)))
+        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))
 
     def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
-        """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
-        if self.rank is not None and x.ndim != self.rank + 2:
-            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        """See :func:`check_tokens`."""
+        check_tokens(self.dim, self.rank, x, extra, context)
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = self.padding(tuple(x.shape[1:-1]))
         return F.pad(x, [0, 0, *(n for pad in reversed(pads) for n in (0, pad))]) if any(pads) else x
 
     def _out(self, y: Tensor, x: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return self.proj_drop(self.proj(_crop(self.finish(y.flatten(-2), x, v), grid)))
+        return self.proj_drop(linear(self.proj, _crop(self.finish(y.flatten(-2), x, v), grid)))
 
     def extra_repr(self) -> str:
         kv = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
@@ -187,15 +191,15 @@ class SplitMixer(AttentionMixer):
     """
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
-        self.q = Linear(self.dim, self.widths[0], bias=bias, **factory)
-        self.kv = Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
+        self.q = nn.Linear(self.dim, self.widths[0], bias=bias, **factory)
+        self.kv = nn.Linear(self.dim, sum(self.widths[1:]), bias=bias, **factory)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (self.q(x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))
+        return (linear(self.q, x).unflatten(-1, (self.heads, self.head_dim)), *self.project_keys(context))
 
     def project_keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``context`` alone."""
-        k, v = self.kv(context).split(self.widths[1:], -1)
+        k, v = linear(self.kv, context).split(self.widths[1:], -1)
         return k.unflatten(-1, (self.kv_heads, self.head_dim)), v.unflatten(-1, (self.kv_heads, self.value_dim))
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
@@ -231,6 +235,34 @@ class PatternMixer(AttentionMixer):
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         return [Source(k, v, self.pattern, bias=self.bias)]
+
+
+def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
+    """Check what a mixer of ``dim`` channels is given, on a grid of ``rank`` axes (None for any number).
+
+    Raises:
+        TypeError: no tensor, or one that is not dense or not floating point.
+        ValueError: another width, rank, batch size or dtype.
+    """
+    axes = "*grid" if rank is None else f"{rank} grid axes"
+    for name, tokens, shape, count in (("x", x, axes, rank), ("extra", extra, "n", 1), ("context", context, axes, rank)):
+        if tokens is None and name != "x":
+            continue
+        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})")
+        if tokens.ndim < 3 or tokens.shape[-1] != dim or (count is not None and tokens.ndim != count + 2):
+            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
+        if tokens.shape[0] != x.shape[0]:
+            raise ValueError(f"expected {name} of as many images as x, {x.shape[0]}; got {name} {tuple(tokens.shape)}")
+        if tokens.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"expected {name} in the dtype of x, {x.dtype}; got {tokens.dtype}")
+
+
+def check_sizes_of(dim: int, heads: int) -> None:
+    """Check channels and heads where each head has its share of the channels."""
+    check_integer("dim", dim, 1)
+    check_integer("heads", heads, 1)
+    if dim % heads:
+        raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:

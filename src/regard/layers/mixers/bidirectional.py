@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...ops import attend
 from ...ops.transposed import attend_transposed
-from ..linear import Linear
+from ..linear import linear
 from .base import check_choice
 
 
@@ -60,32 +60,32 @@ class BidirectionalAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.heads, self.backend = dim, heads, backend
         self.reuse = check_choice("reuse", reuse, ("probs", "logits"))
-        self.q = Linear(dim, dim, bias=qkv_bias, **factory)
-        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **factory)
-        self.proj = Linear(dim, dim, **factory)
-        self.back_v = Linear(dim, dim, bias=qkv_bias, **factory)
-        self.back_proj = Linear(dim, dim, **factory)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.back_v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.back_proj = nn.Linear(dim, dim, **factory)
 
     def gather(self, x: Tensor, context: Tensor) -> tuple[Tensor, Link]:
         """What tokens ``(batch, *grid, dim)`` find in a context ``(batch, *context_grid, dim)``, and the way back."""
         for name, tokens in (("x", x), ("context", context)):
             if tokens.ndim < 3 or tokens.shape[-1] != self.dim:
                 raise ValueError(f"expected {name} (batch, *grid, {self.dim}); got {tuple(tokens.shape)}")
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        q = linear(self.q, x).unflatten(-1, (self.heads, -1))
+        k, v = linear(self.kv, context).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         y, lse = attend(q, k, v, return_lse=True, backend=self.backend)
-        return self.proj(y.flatten(-2)), Link(q, k, lse)
+        return linear(self.proj, y.flatten(-2)), Link(q, k, lse)
 
     def spread(self, x: Tensor, link: Link) -> Tensor:
         """What tokens of the grid that gathered give back to the context, ``(batch, *context_grid, dim)``."""
-        v = self.back_v(x).unflatten(-1, (self.heads, -1))
+        v = linear(self.back_v, x).unflatten(-1, (self.heads, -1))
         y = (
             attend_transposed(link.q, link.k, v, lse=link.lse, backend=self.backend)
             if self.reuse == "probs"
             else attend(link.k, link.q, v, backend=self.backend)
         )
         assert isinstance(y, Tensor)  # no lse was asked for
-        return self.back_proj(y.flatten(-2))
+        return linear(self.back_proj, y.flatten(-2))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, reuse={self.reuse!r}"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.affine import affine
 from ...ops.channel import channel_attend
-from ..linear import Linear
+from ..linear import linear, linear_part
+from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -47,34 +47,30 @@ class ChannelGroupAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        check_sizes_of(dim, heads)
         self.dim, self.heads, self.scale = dim, heads, scale
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``context``, sequences both: ``(batch, n, heads, width)``."""
         if context is x:
-            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k, v = linear(self.qkv, x).chunk(3, -1)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = affine(x, weight[: self.dim], None if bias is None else bias[: self.dim])
-            k, v = affine(context, weight[self.dim :], None if bias is None else bias[self.dim :]).chunk(2, -1)
+            q = linear_part(self.qkv, x, 0, self.dim)
+            k, v = linear_part(self.qkv, context, self.dim, 3 * self.dim).chunk(2, -1)
         return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix channels; arguments and results as for :class:`AttentionMixer`."""
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        check_tokens(self.dim, None, x, extra, context)
         count = x[0, ..., 0].numel()
         beside = [] if extra is None else [extra]
         tokens = torch.cat([x.flatten(1, -2), *beside], 1)
         q, k, v = self.project(tokens, tokens if context is None else torch.cat([context.flatten(1, -2), *beside], 1))
         y = channel_attend(k, v, q, scale=self.scale).flatten(-2)
-        y = self.proj_drop(self.proj(y))
+        y = self.proj_drop(linear(self.proj, y))
         grid = y[:, :count].unflatten(1, x.shape[1:-1])
         return grid if extra is None else (grid, y[:, count:])
 

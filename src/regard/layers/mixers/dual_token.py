@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv import convolve_tokens, depthwise
-from ..linear import Linear
+from ..linear import linear
 from ..mlps import MLP, MixerMLP
 from ..pools import PoolKV
 from .base import SplitMixer
@@ -36,11 +36,11 @@ class SeparableConv(nn.Module):
         super().__init__()
         self.conv = depthwise(dim, kernel_size, device=device, dtype=dtype)
         self.norm = norm(dim, device=device, dtype=dtype)
-        self.fc = Linear(dim, dim, device=device, dtype=dtype)
+        self.fc = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.act(self.fc(self.norm(convolve_tokens(self.conv, x))))
+        return x + self.act(linear(self.fc, self.norm(convolve_tokens(self.conv, x))))
 
 
 class DualTokenAttention(nn.Module):

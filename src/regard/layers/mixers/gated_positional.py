@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import Source
-from ...ops.affine import affine
 from ...ops.call import HeadTable
 from ...ops.patterns import Dense, grid_positions
-from ..linear import Linear
+from ..linear import is_plain, linear, linear_part, taken_by
 from .base import AttentionMixer
 from .registry import register_mixer
 
@@ -47,22 +46,24 @@ class GatedPositionalAttention(AttentionMixer):
         self.strength = strength
         self.rank: int = rank
         factory = self.factory
-        self.position = Linear(rank + 1, heads, **factory)  # of the offsets, last axis first, and their squared length
+        self.position = nn.Linear(rank + 1, heads, **factory)  # of the offsets, last axis first, and their squared length
         self.gate = nn.Parameter(torch.ones(heads, **factory))
         self.initialise()
 
     def add_projections(self, bias: bool, factory: dict[str, Any]) -> None:
-        self.qk = Linear(self.dim, sum(self.widths[:2]), bias=bias, **factory)
-        self.v = Linear(self.dim, self.widths[2], bias=bias, **factory)
+        self.qk = nn.Linear(self.dim, sum(self.widths[:2]), bias=bias, **factory)
+        self.v = nn.Linear(self.dim, self.widths[2], bias=bias, **factory)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias = self.qk.weight, self.qk.bias
-        parts = zip(weight.split(self.widths[:2]), (None, None) if bias is None else bias.split(self.widths[:2]), strict=True)
-        q, k = (affine(t, *part) for t, part in zip((x, context), parts, strict=True))
+        cut, total = self.widths[0], sum(self.widths[:2])
+        if context is x:
+            q, k = linear(self.qk, x).split(self.widths[:2], -1)
+        else:
+            q, k = linear_part(self.qk, x, 0, cut), linear_part(self.qk, context, cut, total)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
-            self.v(context).unflatten(-1, (self.kv_heads, self.value_dim)),
+            linear(self.v, context).unflatten(-1, (self.kv_heads, self.value_dim)),
         )
 
     def initialise(self) -> None:
@@ -79,11 +80,15 @@ class GatedPositionalAttention(AttentionMixer):
     def position_table(self, grid: Sequence[int]) -> Tensor:
         """The position logits of all offsets between tokens of a grid: ``(heads, 2 rows - 1, 2 columns - 1)``."""
         spans = [2 * n - 1 for n in grid]
-        weight = self.position.weight
-        kind = torch.promote_types(weight.dtype, torch.float32)
-        offsets = grid_positions(spans, [1 - n for n in grid], weight.device).to(kind)
+        layer = self.position
+        device, dtype = taken_by(layer)
+        kind = torch.promote_types(dtype, torch.float32)
+        offsets = grid_positions(spans, [1 - n for n in grid], device).to(kind)
         features = torch.cat([offsets.flip(-1), offsets.square().sum(-1, keepdim=True)], -1)
-        logits = (weight[:, None].to(kind) * features).sum(-1) + self.position.bias[:, None].to(kind)
+        if is_plain(layer):  # in full precision, whatever that of the weights
+            logits = (layer.weight[:, None].to(kind) * features).sum(-1) + layer.bias[:, None].to(kind)
+        else:
+            logits = layer(features.to(dtype)).to(kind).T
         return logits.unflatten(1, spans)
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
-from ..linear import Linear
 from ..pools import PoolKV
-from .base import SplitMixer, check_choice
+from .base import SplitMixer, check_choice, check_sizes_of, check_tokens
 from .registry import register_mixer
 from .window import WindowAttention
 
@@ -63,8 +62,7 @@ class HiLoAttention(nn.Module):
         self, dim: int, heads: int, window_size: int = 2, alpha: float = 0.5, *, pad: str = "mask", rank: int = 2, **projections
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        check_sizes_of(dim, heads)
         if not 0.0 <= alpha <= 1.0 or window_size < 1:
             raise ValueError(f"alpha must be from 0 to 1 and window_size at least 1; got {alpha=}, {window_size=}")
         self.dim, self.heads, self.window_size, self.rank = dim, heads, window_size, rank
@@ -82,7 +80,7 @@ class HiLoAttention(nn.Module):
             self.low = PooledAttention(dim, low, window_size, head_dim=head_dim, **projections)
         for group in self.groups:  # each keeps its width
             width = group.heads * head_dim
-            group.proj = Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
+            group.proj = nn.Linear(width, width, bias=projections.get("proj_bias", True), **group.factory)
 
     @property
     def groups(self) -> list[WindowAttention | PooledAttention]:
@@ -115,8 +113,7 @@ class HiLoAttention(nn.Module):
         Returns:
             A tensor like ``x``, high frequencies first; with ``extra`` also one like it.
         """
-        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
+        check_tokens(self.dim, self.rank, x, extra, context)
         parts = [] if self.high is None else [self.high(x, extra, context=context)]
         if self.low is not None:
             parts.append(self.low(x, extra, context=self.pooled(x if context is None else context)))

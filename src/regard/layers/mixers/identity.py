@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -25,7 +26,9 @@ class IdentityMixer(nn.Module):
 
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:
         super().__init__()
+        check_sizes_of(dim, heads)
         self.dim, self.heads = dim, heads
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        check_tokens(self.dim, None, x, extra, context)
         return x if extra is None else (x, extra)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...ops import Source
 from ...ops.mixture import Mixture, balance_loss, chosen_attend, mixture
 from ...ops.observe import OBSERVERS
-from ..linear import Linear
+from ..linear import linear
 from .aggregated import AggregatedAttention, CosineAttention
 from .base import AttentionMixer, check_choice
 from .multi_head import MultiHeadAttention
@@ -83,7 +83,7 @@ class HeadMixture(AttentionMixer):
         learned = self.kind == "linear"
 
         def logits_of(count: int, needed: bool) -> nn.Linear | None:
-            return Linear(dim, count, bias=False, **self.factory) if learned and needed else None
+            return nn.Linear(dim, count, bias=False, **self.factory) if learned and needed else None
 
         self.router = logits_of(others, others > 0)
         self.shared_router = logits_of(self.shared, self.shared > 1)
@@ -94,7 +94,7 @@ class HeadMixture(AttentionMixer):
         if self.shared == self.heads:
             return None
         if self.router is not None:
-            return mixture(self.router(x), self.routed, total=self.routed)
+            return mixture(linear(self.router, x), self.routed, total=self.routed)
         lengths = q[..., self.shared :, :].norm(dim=-1)
         spread = lengths.std(-1, keepdim=True).clamp(min=torch.finfo(lengths.dtype).eps)
         choice = mixture(lengths / spread, self.routed)
@@ -105,12 +105,12 @@ class HeadMixture(AttentionMixer):
         """The factors on the heads' outputs, ``(..., heads)``: shared heads first."""
         shared = x.new_ones(*x.shape[:-1], self.shared)
         if self.shared_router is not None:
-            shared = self.shared * self.shared_router(x).softmax(-1)
+            shared = self.shared * linear(self.shared_router, x).softmax(-1)
         if choice is None:
             return shared
         routed = choice.gates
         if self.balance is not None:
-            first, second = (2 * self.balance(x).softmax(-1)).split(1, -1)
+            first, second = (2 * linear(self.balance, x).softmax(-1)).split(1, -1)
             shared, routed = first * shared, second * routed
         return torch.cat([shared.to(routed.dtype), routed], -1)
 

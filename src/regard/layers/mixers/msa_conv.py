@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...ops import Source
 from ...ops import patterns as P
-from ...ops.affine import affine
 from ..blocks import DropPath
 from ..conv import CONVOLUTIONS, convolve_tokens
 from .base import AttentionMixer
@@ -50,8 +49,8 @@ class TokenConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == self.rank + 2:
             return convolve_tokens(self.conv, x)
-        middle = self.conv.weight.flatten(2)[..., self.conv.weight[0, 0].numel() // 2]
-        return affine(x, middle, self.conv.bias)
+        alone = x.reshape(-1, *[1] * self.rank, x.shape[-1])  # each token is a grid of its own
+        return convolve_tokens(self.conv, alone).reshape(*x.shape[:-1], -1)
 
 
 @register_mixer("msa_conv")

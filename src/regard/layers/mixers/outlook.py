@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
-from ..linear import Linear
+from ..linear import linear
 from ..pools import PoolKV
+from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -56,23 +57,22 @@ class OutlookAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim={dim}, heads={heads}")
+        check_sizes_of(dim, heads)
         if not 1 <= stride <= kernel_size:
             raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
         self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
         self.scale = (dim // heads) ** -0.5
-        self.v = Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
+        self.v = nn.Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
         self.pool = PoolKV("mean", stride)
-        self.attn = Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
+        self.attn = nn.Linear(dim, heads * kernel_size ** (2 * rank), device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def weights(self, x: Tensor) -> Tensor:
         """Of each window, ``(batch, *windows, heads, taps, taps)``: the last axis sums to 1."""
         taps = self.kernel_size**self.rank
-        logits = self.attn(self.pool(x)).unflatten(-1, (self.heads, taps, taps))
+        logits = linear(self.attn, self.pool(x)).unflatten(-1, (self.heads, taps, taps))
         return F.softmax(logits * self.scale, -1)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
@@ -86,19 +86,18 @@ class OutlookAttention(nn.Module):
         Returns:
             A tensor like ``x``; with ``extra`` also one like it.
         """
-        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
+        check_tokens(self.dim, self.rank, x, extra, context)
         if context is not None and context.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
         grid = tuple(x.shape[1:-1])
-        v = self.v(x if context is None else context).unflatten(-1, (self.heads, -1))
+        v = linear(self.v, x if context is None else context).unflatten(-1, (self.heads, -1))
         windows = unfold_windows(v, self.kernel_size, self.stride)  # (batch, *windows, heads, taps, head_dim)
         weights = self.weights(x)
         if WATCHERS:
             tell(self._weighing(weights, grid))
         mixed = self.attn_drop(weights) @ windows
         y = self._out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
-        return y if extra is None else (y, self._out(self.v(extra)))
+        return y if extra is None else (y, self._out(linear(self.v, extra)))
 
     def _weighing(self, weights: Tensor, grid: tuple[int, ...]) -> Weighing:
         """The weights of all windows together as weights of tokens: folding and unfolding are each other's adjoint."""
@@ -109,10 +108,12 @@ class OutlookAttention(nn.Module):
             spread = weights.transpose(-1, -2) @ unfold_windows(ones, self.kernel_size, self.stride)
             return fold_windows(spread, grid, self.kernel_size, self.stride).movedim((-2, -1), (1, 2))
 
-        return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device)
+        flops = 2 * weights.numel() * (self.dim // self.heads)
+        moved = (weights.numel() + 2 * len(weights) * math.prod(grid) * self.dim) * weights.element_size()
+        return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device, flops=flops, bytes=moved)
 
     def _out(self, y: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(linear(self.proj, y))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable
 
 from torch import nn
 
+from ...caches import cached
+from ...checks import check_integer
 from ...names import unknown_name
+from .base import AttentionMixer
 
 _MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -34,9 +38,33 @@ def create_mixer(name: str, **arguments) -> nn.Module:
     Tokens outside the grid see its tokens, but for classes whose ``joins_extra`` is False.
 
     Raises:
-        ValueError: unknown name, with the nearest matches.
+        TypeError: ``dim`` or ``heads`` that is no whole number, or missing.
+        ValueError: unknown name, with the nearest matches; unknown option, with those there are; values out of bounds.
     """
-    return mixer_class(name)(**arguments)
+    make = mixer_class(name)
+    for size in ("dim", "heads"):
+        if size in arguments:
+            check_integer(size, arguments[size], 1)
+    allowed = mixer_options(name)
+    unknown = [option for option in arguments if option not in (*allowed, "dim", "heads", "device", "dtype")]
+    if unknown:
+        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
+    return make(**arguments)
+
+
+@cached(256)
+def mixer_options(name: str) -> tuple[str, ...]:
+    """What a mixer takes besides ``dim``, ``heads``, ``device`` and ``dtype``: its own options, then those of its bases."""
+    found: list[str] = []
+    of = mixer_class(name)
+    for cls in (*inspect.getmro(of), *inspect.getmro(AttentionMixer)):  # type: ignore[arg-type]  # registered mixers are classes
+        if "__init__" not in vars(cls) or cls is nn.Module:
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break  # it hands nothing on
+    return tuple(each for each in dict.fromkeys(found) if each not in ("self", "dim", "heads", "pattern", "device", "dtype"))
 
 
 def mixer_class(name: str) -> Callable[..., nn.Module]:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
 from ...ops.transposed import attend_transposed
 from ...ops.weights import attend_weights
-from ..linear import Linear
+from ..linear import linear
 from ..mlps import MLP
 from .base import AttentionMixer
 from .registry import register_mixer
@@ -62,7 +62,7 @@ class ReversedAttention(AttentionMixer):
         if not temperature > 0.0:
             raise ValueError(f"temperature must be positive; got {temperature}")
         self.temperature = temperature
-        self.selector = Linear(dim, heads, bias=False, **self.factory)
+        self.selector = nn.Linear(dim, heads, bias=False, **self.factory)
         self.controller = MLP(dim, hidden or max(1, dim // 2), 1, bias=False, **self.factory)
         self.maps: list[Tensor] | None = None
 
@@ -73,7 +73,7 @@ class ReversedAttention(AttentionMixer):
 
     def relations(self, x: Tensor) -> Tensor:
         """The share of each head in what each token ``(batch, *n, dim)`` sends, ``(batch, *n, heads)``."""
-        logits = self.selector(x)
+        logits = linear(self.selector, x)
         return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
 
     def gates(self, x: Tensor, messages: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class ReversedAttention(AttentionMixer):
         dropout = self.attn_drop if self.training else 0.0
         v = v * gates.unsqueeze(-1).to(v.dtype)
         y = attend_transposed(q, k, v, P.Dense(), scale=self.scale, dropout=dropout, backend=self.backend)
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        return self.proj_drop(linear(self.proj, y.flatten(-2)))
 
     def send(self, x: Tensor, messages: Tensor | None = None, *, need_dependencies: bool = False) -> Sent:
         """One layer of a stack.

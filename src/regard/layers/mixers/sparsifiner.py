@@ -17,7 +17,7 @@ from ...ops import Source
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
 from ...ops.weights import attend_weights
-from ..linear import Linear
+from ..linear import linear
 from ..positions import resize_offset_table
 from ..reduce import TokenMap, kept_count
 from .base import AttentionMixer
@@ -60,8 +60,8 @@ class ConnectivityPredictor(nn.Module):
         factory = {"device": device, "dtype": dtype}
         tokens = prefix + math.prod(grid)
         columns, channels = max(1, tokens // token_ratio), max(1, head_dim // channel_ratio)
-        self.q = Linear(head_dim, channels, **factory)
-        self.k = Linear(head_dim, channels, **factory)
+        self.q = nn.Linear(head_dim, channels, **factory)
+        self.k = nn.Linear(head_dim, channels, **factory)
         self.down = nn.Parameter(torch.empty(tokens, columns, **factory))
         self.up = nn.Parameter(torch.empty(tokens, columns, **factory))
         for matrix in (self.down, self.up):
@@ -77,9 +77,9 @@ class ConnectivityPredictor(nn.Module):
             exact: with all coefficients and the signed basis, as the reconstruction is trained.
         """
         down, up = (self._resized(matrix, grid) for matrix in (self.down, self.up))
-        reduced = self.k(k) if alive is None else self.k(k).masked_fill(~alive[..., None, None], 0.0)
+        reduced = linear(self.k, k) if alive is None else linear(self.k, k).masked_fill(~alive[..., None, None], 0.0)
         keys = torch.einsum("bkhc,kn->bhnc", reduced, down)
-        coefficients = (torch.einsum("bqhc,bhnc->bhqn", self.q(q), keys) * self.scale).softmax(-1)
+        coefficients = (torch.einsum("bqhc,bhnc->bhqn", linear(self.q, q), keys) * self.scale).softmax(-1)
         if not exact:
             best = coefficients.topk(min(self.coefficients, coefficients.shape[-1]), sorted=False)
             coefficients = torch.zeros_like(coefficients).scatter(-1, best.indices, best.values)
@@ -178,7 +178,7 @@ class SparsifinerAttention(MultiHeadAttention):
         sources = [Source(k, v, P.Dense(), valid=alive), seen]
         scores, _ = attend_weights(extra_q[:, :1], sources, scale=self.scale, reduce="heads")
         y_extra = self.attend(extra_q, sources)
-        y, y_extra = (self.proj_drop(self.proj(each.flatten(-2))) for each in (y, y_extra))
+        y, y_extra = (self.proj_drop(linear(self.proj, each.flatten(-2))) for each in (y, y_extra))
         return y, y_extra, scores.flatten(1)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source], tokens: TokenMap | None = None) -> Tensor:

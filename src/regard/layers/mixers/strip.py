@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...checks import check_integer
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
 from ..pools import PoolKV
-from .base import SplitMixer, check_choice
+from .base import SplitMixer, check_choice, check_sizes_of
 from .registry import register_mixer
 
 
@@ -46,10 +47,9 @@ class StripAttention(SplitMixer):
         rank: int = 2,
         **projections,
     ) -> None:
-        if heads < 1 or dim % heads or strip < 1 or ratio < 1:
-            raise ValueError(
-                f"dim must be a multiple of heads, strip and ratio at least 1; got {dim=}, {heads=}, {strip=}, {ratio=}"
-            )
+        check_sizes_of(dim, heads)
+        check_integer("strip", strip, 1)
+        check_integer("ratio", ratio, 1)
         check_choice("pool", pool, ("conv", "mean"))
         super().__init__(dim, heads, head_dim=strip, value_dim=dim // heads, **projections)
         self.ratio = ratio

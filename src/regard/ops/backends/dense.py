@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf)
         bias = bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(
+    out = fused_attention(
         q, k, v,
         attn_mask=_full(mask if bias is None else bias, call),
         dropout_p=call.dropout, is_causal=causal, scale=call.scale, enable_gqa=operator.index(q.shape[1] // k.shape[1]) > 1,
@@ -57,6 +58,15 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     out = out.transpose(1, 2).unflatten(1, call.q_grid)
     return differentiable(call, out), None
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's operator on ``(batch, heads, tokens, width)``; in exported programs its output lies in memory in that order.
+
+    Its fused and its decomposed form leave other strides, and a view that was recorded of one does not fit the other.
+    """
+    out = F.scaled_dot_product_attention(q, k, v, **options)
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
 
 
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,8 @@ def supports(call: Call) -> str | None:
         return "no relative bias over routed blocks" if call.table is not None else None
     if not call.pattern.static:
         return f"{call.pattern!r} is routed but not in blocks"
+    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in (*call.q_grid, *call.k_grid)):
+        return "the exported program leaves the grid open: there is nothing to plan for"
     if _plan_pairs(*_plan_key(call)) is None:
         return f"{call.pattern!r} is not a union or intersection of patterns separable by axis"
     return None

@@ -397,7 +397,10 @@ def _plain_group(
         weights, lse = reference.normalise(scores + bias)
         out = torch.matmul(weights.to(v.dtype), v)
     else:
-        full = bias.expand(*bias.shape[:-2], q.shape[-2], k.shape[-2]) if bias.numel() > 1 else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=full, scale=call.scale)
+        shape = (1, *q.shape[1:-1], k.shape[-2])
+        full = bias.expand(shape).flatten(1, 2) if bias.numel() > 1 else None
+        # exporters know the operator with one axis of heads, for which the tiles may stand too
+        flat = dense.fused_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=full, scale=call.scale)
+        out = flat.unflatten(1, q.shape[1:3])
         lse = out[..., 0]
     return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)
