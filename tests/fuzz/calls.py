@@ -19,8 +19,8 @@ from regard.ops.call import HeadTable
 from regard.ops.linear import LinearState, linear_attend
 
 from . import oracle
-from .judging import TOLERANCES, Refused, Wrong, clear, same
-from .sets import ROUTED, Scene, Spec, build, choose, is_static, leaves, routed, separable, static, text
+from .judging import TOLERANCES, Refused, Wrong, same
+from .sets import ROUTED, Scene, Spec, build, choose, is_static, routed, separable, static, text
 
 BACKENDS = ("auto", "auto", "native", "native", "tiled", "tiled", "dense", "reference")
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,7 +49,7 @@ View = Callable[[Tensor], Tensor]
 
 
 def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, size: float = 1.0) -> tuple[Tensor, View]:
-    """Numbers, and a view that makes a tensor of ``shape`` of them: as it is, expanded, transposed, a part, or negated lazily."""
+    """Numbers, and a view that makes a tensor of ``shape`` of them: as they are, expanded, transposed, a part, or negated."""
     kind, view, base = rng.random(), (lambda t: t), shape
     if kind < 0.1:
         axis = int(rng.integers(len(shape)))
@@ -475,7 +475,8 @@ def linear(rng: np.random.Generator) -> str:
     returns = stateful or (rng.random() < 0.2 and (causal or not decays))
     try:
         found = linear_attend(
-            m["q"], m["k"], m["v"], feature=feature, norm=norm, floor=floor, eps=eps, causal=causal, log_decay=logs, scale=scale,
+            m["q"], m["k"], m["v"], feature=feature, norm=norm, floor=floor, eps=eps, causal=causal, log_decay=logs,
+            scale=scale,
             valid=valid, state=state, return_state=returns, chunk=choose(rng, 64, 64, 1, 4, 16), backend=backend,
         )  # fmt: skip
     except Exception as error:

@@ -56,8 +56,15 @@ def same(name: str, found: Tensor, right: Tensor, tolerance: float, where: Tenso
         raise Wrong(f"{name}: differs by {error:.1e} (may {tolerance:.0e})")
 
 
-def clear(error: BaseException, given: Any, kinds: tuple[type[BaseException], ...] = (ValueError, TypeError)) -> None:
-    """Check that an error is of the right kind, one short paragraph, in words of ours, and quotes what was given."""
+FILES = re.compile(r"object has no attribute|Traceback|\x1b\[|weights_only|feel free to report|positional argument|unpack")
+"""The same of files, where what their readers say may follow our own words."""
+
+
+def clear(
+    error: BaseException, words: list[str], kinds: tuple[type[BaseException], ...] = (ValueError, TypeError),
+    internal: re.Pattern[str] = INTERNAL,
+) -> None:  # fmt: skip
+    """Check that an error is of the right kind, one short paragraph, in words of ours, and quotes one of some words."""
     said = str(error)
     label = f"{type(error).__name__}: {' '.join(said.split())[:160]}"
     if not isinstance(error, kinds) or isinstance(error, UnicodeError):
@@ -67,9 +74,8 @@ def clear(error: BaseException, given: Any, kinds: tuple[type[BaseException], ..
     if len(said) > MOST_LETTERS or "\n\n" in said.strip():
         raise Wrong(f"more than a paragraph ({len(said)} letters): {label}")
     own = "unexpected keyword argument" in said or "required positional argument" in said  # Python names the argument itself
-    if not own and (found := INTERNAL.search(said)):
+    if not own and (found := internal.search(said)):
         raise Wrong(f"words of the inside ({found.group()!r}): {label}")
-    words = list(quotable(given))
     if words and not any(word in said for word in words):
         raise Wrong(f"does not quote what was given ({' / '.join(words[:3])}): {label}")
 
@@ -93,6 +99,8 @@ def quotable(value: Any, depth: int = 0) -> Iterable[str]:
         yield from ("None", "missing", "needs")
         return
     yield type(value).__name__
+    if isinstance(table := getattr(value, "table", None), Tensor):
+        yield from quotable(table)
     if isinstance(value, str) and len(value) < 60:
         yield repr(value)[1:-1] or "''"
         yield value.split("(")[0].strip() or "''"
@@ -107,6 +115,5 @@ def quotable(value: Any, depth: int = 0) -> Iterable[str]:
         yield str(int(value))
     if isinstance(value, (list, tuple, set, dict)) and depth < 1:
         yield from ("empty", "no ", "at least one") if not value else ()
-        yield str(len(value))
         for entry in list(value)[:4]:
             yield from quotable(entry, depth + 1)

@@ -59,7 +59,8 @@ class Asked:
 
     def relative(self, heads: int) -> Tensor:
         scene, table = self.scene, self.table
-        assert table is not None and self.table_spec is not None
+        assert table is not None
+        assert self.table_spec is not None
         index = torch.zeros(len(scene.q), len(scene.k), dtype=torch.long)
         for axis, n in enumerate(scene.k_grid):
             size = table.shape[1 + axis]

@@ -3,8 +3,8 @@
     python -m tests.fuzz --calls 100000 --invalid 100000 --files 20000 --seed 0 --processes 2
     python -m tests.fuzz --only calls:4711
 
-A case is made of the seed, its kind and its number alone, so ``--only kind:number`` plays it again. A process that dies or hangs
-is a fault of the case it was at; another goes on behind it.
+A case is made of the seed, its kind and its number alone, so ``--only kind:number`` plays it again. A process that dies or
+hangs is a fault of the case it was at; another goes on behind it.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class Tally:
     def told(self) -> str:
         found = self.as_dict()
         lines = [
-            f"{self.kind}: {found['cases']:,} cases, {found['held']:,} held, {found['refused']:,} refused, {found['wrong']:,} wrong"
+            f"{self.kind}: {found['cases']:,} cases, {found['held']:,} held, {found['refused']:,} refused,
+            {found['wrong']:,} wrong"
         ]
         kinds: dict[str, list[int]] = {}
         for number, what in sorted(self.wrong.items()):

@@ -20,7 +20,7 @@ from regard.ops import patterns as P
 from regard.ops.call import HeadTable
 from regard.ops.linear import LinearState, linear_attend
 
-from .judging import Wrong, clear
+from .judging import Wrong, clear, quotable
 from .sets import choose
 
 HUGE = (2**31, 2**40, 2**63, 10**30)
@@ -57,7 +57,7 @@ def check(rng: np.random.Generator) -> str:
         broken.make()
     except Exception as error:
         try:
-            clear(error, broken.given, broken.kinds)
+            clear(error, list(quotable(broken.given)), broken.kinds)
         except Wrong as wrong:
             raise Wrong(f"{broken.door}({broken.slot}): {wrong} | {what}") from error
         return broken.door
@@ -138,14 +138,16 @@ def no_tensor(rng: np.random.Generator, right: Tensor, optional: bool = False) -
     """Another kind of thing than a dense tensor of this dtype, here."""
     shape, floating = tuple(right.shape), right.is_floating_point()
     wrong: list[Callable[[], Any]] = [
-        lambda: things(rng), lambda: right.tolist(), lambda: right.numpy(), lambda: "tensor", lambda: 7, lambda: right.to("meta"),
+        lambda: things(rng), lambda: right.tolist(), lambda: right.numpy(), lambda: "tensor", lambda: 7,
+        lambda: right.to("meta"),
         lambda: right.to_sparse(), lambda: right.to(torch.complex64), lambda: [right], lambda: (right, right),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     ]  # fmt: skip
     if floating:
         wrong += [
             lambda: right.to(torch.int64), lambda: right.to(torch.bool), lambda: right.to(torch.float8_e4m3fn),
-            lambda: torch.quantize_per_tensor(right.float(), 0.1, 0, torch.qint8), lambda: torch.zeros(shape, dtype=torch.uint8),
+            lambda: torch.quantize_per_tensor(right.float(), 0.1, 0, torch.qint8), lambda: torch.zeros(shape,
+            dtype=torch.uint8),
         ]  # fmt: skip
     else:
         wrong += [lambda: right.float(), lambda: right.double()]
@@ -167,7 +169,8 @@ PATTERNS = ("dense", "causal", "window(2)", "neighborhood(3)", "halo(2, 1)", "ax
 BACKENDS = ("auto", "auto", "native", "tiled", "dense", "reference")
 
 WRONG_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "q": ((3, *Q[1:]), (2, 3, 4, 3, 4), (2, 3, 4, 4, 5), (2, 4, 4), (4,), (), (2, 3, 4, 4, 0), (2, 0, 4, 4, 4), (2, 3, 4, 0, 4)),
+    "q": ((3, *Q[1:]), (2, 3, 4, 3, 4), (2, 3, 4, 4, 5), (2, 4, 4), (4,), (), (2, 3, 4, 4, 0), (2, 0, 4, 4, 4), (2, 3, 4, 0,
+    4)),
     "k": ((3, *K[1:]), (2, 3, 4, 3, 4), (2, 3, 4, 2, 5), (2, 2, 4, 2, 4), (2, 3, 4, 0, 4), (), (2, 12, 2, 4), (2, 0, 4, 2, 4)),
     "v": ((1, *V[1:]), (2, 3, 4, 1, 3), (2, 3, 3, 2, 3), (2, 3, 4, 2, 0), (3,), (), (2, 12, 2, 3), (2, 3, 4, 2)),
     "bias": ((3,), (2, 4, 12, 11), (2, 3, 12, 12), (5, 4, 12, 12), (1, 1, 1, 12, 12), (2, 4, 0, 12), (0,), (12, 3, 4)),
@@ -185,7 +188,8 @@ def attention(rng: np.random.Generator) -> Broken:
         arguments["bias"] = torch.randn(1, HEADS, 12, 12)
     if rng.random() < 0.3:
         arguments["valid"] = torch.ones(BATCH, *GRID, dtype=torch.bool)
-    slot = choose(rng, "q", "k", "v", "pattern", "bias", "valid", "scale", "sink", "q_start", "dropout", "return_lse", "backend",
+    slot = choose(rng, "q", "k", "v", "pattern", "bias", "valid", "scale", "sink", "q_start", "dropout", "return_lse",
+    "backend",
                   "table", "routed")  # fmt: skip
     if slot in ("table", "routed"):
         wrong = wrong_table(rng) if slot == "table" else wrong_routed(rng)
@@ -240,7 +244,8 @@ def wrong_table(rng: np.random.Generator) -> Any:
     """A relative bias that does not fit, or is none."""
     right = torch.randn(HEADS, 5, 7)
     table = choose(
-        rng, torch.randn(3, 5, 7), torch.randn(4, 4, 7), torch.randn(4, 5), torch.randn(5), right.to("meta"), right.to(torch.int64),
+        rng, torch.randn(3, 5, 7), torch.randn(4, 4, 7), torch.randn(4, 5), torch.randn(5), right.to("meta"),
+        right.to(torch.int64),
         right.to(torch.complex64), None, "table", torch.randn(4, 5, 7, 1), torch.randn(4, 0, 7),
     )  # fmt: skip
     return choose(rng, HeadTable(table, P.Neighborhood(3)), HeadTable(right, things(rng)), things(rng))
@@ -262,13 +267,15 @@ def wrong_routed(rng: np.random.Generator) -> tuple[Callable[[], Any], Any]:
         return lambda: P.Blocks(table, 2), table
     if sort == "tokens":
         table = choose(
-            rng, no_tensor(rng, right), torch.zeros(2, 11, 2, dtype=torch.int64), torch.full((2, 12, 2), 12), torch.full((2, 12, 2), -2),
+            rng, no_tensor(rng, right), torch.zeros(2, 11, 2, dtype=torch.int64), torch.full((2, 12, 2), 12), torch.full((2,
+            12, 2), -2),
             torch.zeros(12, 2, dtype=torch.int64), torch.zeros(3, 12, 2, dtype=torch.int64),
         )  # fmt: skip
         return lambda: P.Tokens(table), table
     labels = choose(
         rng, no_tensor(rng, right), torch.zeros(2, 11, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64),
-        torch.zeros(12, dtype=torch.int64), torch.zeros(2, 3, 12, dtype=torch.int64), torch.zeros(2, 1, 4, 12, dtype=torch.int64),
+        torch.zeros(12, dtype=torch.int64), torch.zeros(2, 3, 12, dtype=torch.int64), torch.zeros(2, 1, 4, 12,
+        dtype=torch.int64),
     )  # fmt: skip
     return lambda: P.Clusters(labels), labels
 
@@ -342,7 +349,8 @@ def pattern(rng: np.random.Generator) -> Broken:
     if sort == "construct":
         kind, rights, slots = choose(
             rng, (P.Window, {"size": 3}, {"size": 1, "shift": 0, "pad": "mask"}),
-            (P.Neighborhood, {"kernel_size": 3}, {"kernel_size": 1, "dilation": 1, "stride": 1, "causal": True, "border": "shift"}),
+            (P.Neighborhood, {"kernel_size": 3}, {"kernel_size": 1, "dilation": 1, "stride": 1, "causal": True,
+            "border": "shift"}),
             (P.Halo, {"block": 2, "halo": 1}, {"block": 1, "halo": 0, "border": "mask", "stride": 1}),
             (P.Grid, {"size": 2}, {"size": 1}), (P.Axis, {"axis": 0}, {"axis": None, "causal": True}),
         )  # fmt: skip
@@ -474,7 +482,8 @@ def modelling(rng: np.random.Generator) -> Broken:
         shapes = [(1, 4, 32, 32), (3, 32), (32,), (), (1, 3, 0, 32), (1, 1, 3, 32, 32), (1, 3, 32)]
         wrong: Any = no_tensor(rng, right) if rng.random() < 0.5 else other_shape(rng, *shapes)
         return Broken("model", "images", wrong, lambda: model()(wrong))
-    slot = choose(rng, "name", "num_classes", "in_chans", "drop_rate", "drop_path_rate", "features_only", "out_indices", "mixer",
+    slot = choose(rng, "name", "num_classes", "in_chans", "drop_rate", "drop_path_rate", "features_only", "out_indices",
+    "mixer",
                   "pretrained", "dtype", "device", "depth", "option")  # fmt: skip
     arguments: dict[str, Any] = {"name": MODEL, **SMALL}
     kinds: tuple[type[BaseException], ...] = (ValueError, TypeError)
@@ -516,8 +525,10 @@ def loading(rng: np.random.Generator) -> Broken:
             value.to_sparse(), torch.zeros(0),
         )  # fmt: skip
         wrong: Any = choose(
-            rng, Path("/nowhere/x.safetensors"), "/nowhere/x.pt", "", ".", "/dev/null", 3, None, [], {}, {"a": 1}, {3: state[key]},
-            things(rng), "\0", "x" * 300, {k: v for k, v in state.items() if k != key}, {**state, "what.is.this": torch.ones(3)},
+            rng, Path("/nowhere/x.safetensors"), "/nowhere/x.pt", "", ".", "/dev/null", 3, None, [], {}, {"a": 1},
+            {3: state[key]},
+            things(rng), "\0", "x" * 300, {k: v for k, v in state.items() if k != key}, {**state,
+            "what.is.this": torch.ones(3)},
             {**state, key: broken}, {**state, key: broken}, {**state, key: broken}, {**state, 7: torch.ones(2)}, [state],
         )  # fmt: skip
         whole = isinstance(wrong, dict) and len(wrong) > 3  # the error names the key
