@@ -360,6 +360,10 @@ def transformed(rng: np.random.Generator) -> str:
             return case.right({**case.given.leaves(True, False), "q": q, "k": k, "v": v})[0]
 
         label = str(case)
+    plain_views = {
+        name: (lambda t: t) for name, view in case.given.views.items() if view is torch._neg_view
+    }  # vmap has no rule
+    case.given.views |= plain_views
     exact, made = ([case.given.leaves(e, False)[n] for n in "qkv"] for e in (True, False))
     weights = None
     noise = [torch.from_numpy(rng.standard_normal(tuple(t.shape))) for t in made]

@@ -154,10 +154,7 @@ class Tally:
 
     def told(self) -> str:
         found = self.as_dict()
-        lines = [
-            f"{self.kind}: {found['cases']:,} cases, {found['held']:,} held, {found['refused']:,} refused,
-            {found['wrong']:,} wrong"
-        ]
+        lines = [f"{self.kind}: " + ", ".join(f"{found[how]:,} {how}" for how in ("cases", "held", "refused", "wrong"))]
         kinds: dict[str, list[int]] = {}
         for number, what in sorted(self.wrong.items()):
             kinds.setdefault(shape_of(what), []).append(number)
