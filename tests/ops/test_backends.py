@@ -299,3 +299,12 @@ def test_autocasting_does_not_reach_inside_the_tiled_operator():
         found = gradients()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "auto"])
+def test_a_bias_of_one_column_is_that_of_all_keys_and_leaves_zero_keys_alone(backend):
+    q, k, v = (torch.randn(2, 3, 4, 2, 8) for _ in range(3))
+    column = torch.randn(1, 2, 12, 1)
+    found = attend(q, k, v, "halo(2, 1)", bias=column, backend=backend, return_lse=True)
+    expected = attend(q, k, v, "halo(2, 1)", bias=column.expand(1, 2, 12, 12), backend="reference", return_lse=True)
+    torch.testing.assert_close(found, expected)

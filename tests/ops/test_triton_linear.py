@@ -175,6 +175,8 @@ def compiled(name: str, kind: str, dim: int):
     }  # fmt: skip
     if name == "_keys_kernel":
         constants |= linear.crowded(constants["KIND"])
+    if name in ("_output_kernel", "_values_kernel"):
+        constants |= linear.stepped(dim)
     integers = ("tokens", "heads", "chunks", "length", "by_item", "by_token", "by_head")
     halves = ("q", "k", "v", "x", "y", "grad", "grad_q", "grad_k", "grad_v", "out")
     signature: dict[str, str] = {}

@@ -470,6 +470,6 @@ def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
     k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (call.k, call.v))
     valid = None if call.valid is None else F.pad(call.valid, widths, value=True)
     bias = call.bias
-    if bias is not None and bias.shape[-1] > 1:
-        bias = F.pad(bias.unflatten(-1, call.k_grid), widths).flatten(3)
+    if bias is not None:  # one column stands for the keys of the grid, not for zero keys
+        bias = F.pad(bias.expand(*bias.shape[:3], call.keys).unflatten(-1, call.k_grid), widths).flatten(3)
     return replace(call, k=k, v=v, valid=valid, bias=bias, zeros=zeros)

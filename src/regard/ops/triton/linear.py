@@ -45,6 +45,12 @@ def crowded(kind: tl.dtype) -> dict[str, int]:
     return {"BD": TILE if kind == tl.bfloat16 else TILE // 2, "BE": TILE // 2}
 
 
+def stepped(dim: int) -> dict[str, int]:
+    """Features that kernels take at once where they hold a product of queries and keys beside their output: in several steps
+    registers for half as many."""
+    return {"BD": TILE // 2 if dim > TILE else _block(dim)}
+
+
 PARTS = 64
 """Parts that the tokens are cut into for sums over all of them."""
 
@@ -476,7 +482,8 @@ def scan(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | 
     of = _Scan(q, v, decay, valid, activation, chunk)
     out, final = torch.empty_like(v), _initial(q, v, state)
     before = of.states(k, v, final)
-    _output_kernel[of.grid("E")](q, k, v, of.valid, of.decay, before, out, *of.sizes(), **of.options, VALID=of.masked)
+    options = of.options | stepped(q.shape[-1])
+    _output_kernel[of.grid("E")](q, k, v, of.valid, of.decay, before, out, *of.sizes(), **options, VALID=of.masked)
     return out, final
 
 
@@ -497,7 +504,8 @@ def scan_backward(grad: Tensor, grad_final: Tensor | None, q: Tensor, k: Tensor,
         q, k, v, grad, of.valid, of.decay, before, after, grad_q, grad_k, parts, *of.sizes(), **options, VALID=of.masked,
         LEARNED=need_decay,
     )  # fmt: skip
-    _values_kernel[of.grid("E")](q, k, grad, of.valid, of.decay, after, grad_v, *of.sizes(), **of.options, VALID=of.masked)
+    options = of.options | stepped(q.shape[-1])
+    _values_kernel[of.grid("E")](q, k, grad, of.valid, of.decay, after, grad_v, *of.sizes(), **options, VALID=of.masked)
     if not need_decay or decay is None:
         return grad_q, grad_k, grad_v, q.new_empty(0), grad_state
     per_token = parts.sum(0)  # (batch, heads, tokens)
