@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..caches import cached
+from ..checks import check_grid, check_tensor, check_tensors
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan
@@ -46,6 +47,7 @@ def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
     Raises:
         ValueError: shapes that differ, or another kind of pattern.
     """
+    check_tensors(q=q, k=k)
     pattern, grid = _checked(pattern, q, k, "q and k", q.shape == k.shape)
     return _unfolded(neighbor_products(_folded(q), _folded(k), pattern.spec, list(grid), -torch.inf), q)
 
@@ -65,6 +67,7 @@ def neighbor_sum(weights: Tensor, v: Tensor, pattern: Pattern | str) -> Tensor:
     Raises:
         ValueError: weights that do not fit the values and the pattern, or another kind of pattern.
     """
+    check_tensors(weights=weights, v=v)
     pattern, grid = _checked(pattern, weights, v, "weights and v", weights.shape[:-1] == v.shape[:-1])
     taps = math.prod(_taps(pattern.spec, grid))
     if weights.shape[-1] != taps:
@@ -86,7 +89,8 @@ def neighbor_bias(table: Tensor, pattern: Pattern | str, grid: Sequence[int]) ->
     Raises:
         ValueError: a table of other sizes, or another kind of pattern.
     """
-    grid = tuple(map(operator.index, grid))
+    check_tensor("table", table, what="(heads, *offsets)")
+    grid = tuple(map(operator.index, check_grid("grid", grid)))
     pattern = _separable(pattern, grid)
     sizes = tuple(2 * pattern.extent(axis, n, len(grid)) + 1 for axis, n in enumerate(grid))
     if tuple(table.shape[1:]) != sizes:
@@ -101,8 +105,8 @@ def _checked(pattern: Pattern | str, a: Tensor, b: Tensor, names: str, agree: bo
         raise ValueError(
             f"{names} must be (batch, *grid, heads, dim) on the same grid; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    if a.dtype != b.dtype:
-        raise ValueError(f"{names} must share a dtype; got {a.dtype} and {b.dtype}")
+    if 0 in (*a.shape[1:], *b.shape[1:]):
+        raise ValueError(f"no axis of {names} may be empty but the batch; got {tuple(a.shape)} and {tuple(b.shape)}")
     grid = tuple(map(operator.index, a.shape[1:-2]))
     return _separable(pattern, grid), grid
 
