@@ -272,7 +272,7 @@ def checked(**least: int) -> Callable[[Function], Function]:
         @functools.lru_cache(maxsize=1)
         def kinds() -> dict[str, tuple[set[Any], int]]:
             """What each argument may be, and the lower bound of whole numbers; read at the first call."""
-            hints = typing.get_type_hints(function)
+            hints = typing.get_type_hints(getattr(function, "func", function))  # of what a partial calls
             found = {}
             for name, parameter in signature.parameters.items():
                 hint = hints.get(name, Any)

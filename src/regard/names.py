@@ -72,20 +72,28 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
 def options_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The options that a function or class takes by name; of a class also those that it hands on to its bases.
 
-    A class may name in ``settled`` those that it gives its bases itself.
+    What a base requires the class gives itself. It may name in ``settled`` what else it does, and in ``hands_to`` the class
+    that gets its other options, where that is no base.
     """
     if not isinstance(constructor, type):
         return {k: p for k, p in inspect.signature(constructor).parameters.items() if p.kind is not p.VAR_KEYWORD}
     found: dict[str, inspect.Parameter] = {}
     settled: set[str] = set()
-    for each in constructor.__mro__:
+    own = None  # the first class that takes any
+    waiting = list(constructor.__mro__)
+    while waiting:
+        each = waiting.pop(0)
         if "__init__" not in vars(each):
             continue
         parameters = inspect.signature(vars(each)["__init__"]).parameters
         for option, parameter in list(parameters.items())[1:]:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and option not in settled:
+            given = option in settled or (own is not None and parameter.default is parameter.empty)
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and not given:
                 found.setdefault(option, parameter)
+        own = each if own is None else own
         settled |= set(vars(each).get("settled", ()))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
+        if "hands_to" in vars(each):
+            waiting = list(vars(each)["hands_to"].__mro__)
     return found

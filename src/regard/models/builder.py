@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import FLOATS, INTEGERS, check_integer, check_tensor, shown
 from ..layers.blocks import LayerScale, Residual
 from ..layers.linear import Linear
 from ..layers.mixers import AttentionMixer, create_mixer
@@ -235,6 +236,22 @@ class Stage(nn.Module):
         return self.norm(self.blocks(x))
 
 
+def check_images(image: Tensor, like: Tensor | None) -> None:
+    """Raise where images are no floating tensor of the dtype and on the device of a model's parameters."""
+    if not isinstance(image, Tensor) or image.dtype in INTEGERS:
+        raise TypeError(
+            "images must be a floating point tensor (batch, channels, height, width), such as pixels / 255, normalised; "
+            f"got {shown(image)}"
+        )
+    check_tensor("images", image, what="(batch, channels, height, width)")
+    if like is None or like.dtype not in FLOATS:
+        return
+    if image.device != like.device:
+        raise ValueError(f"images must be on {like.device}, where the model is; got {shown(image)}")
+    if image.dtype != like.dtype and (image.device.type == "meta" or not torch.is_autocast_enabled(image.device.type)):
+        raise ValueError(f"images must be {str(like.dtype).removeprefix('torch.')}, as the model is; got {shown(image)}")
+
+
 class Staged(nn.Module):
     """What whole and cut backbones share: a stem and stages.
 
@@ -252,7 +269,8 @@ class Staged(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """The tokens ``(batch, rows, columns, dim)`` of the stem."""
-        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
+        check_images(image, next(self.stem.parameters(), None))
+        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape[1:]:
             raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
         return self.stem(image)
 
@@ -325,8 +343,7 @@ class Backbone(Staged):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one; 0 removes it."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0; got {num_classes}")
+        check_integer("num_classes", num_classes)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()

@@ -32,7 +32,18 @@ from ..layers.positions import PositionTable
 from ..layers.reduce import ResizingReducer, TokenMap
 from ..layers.stems import PatchEmbed
 from ..ops.patterns import Ints
-from .builder import Backbone, BackboneSpec, Block, BlockSpec, FeatureBackbone, Stage, Staged, StageSpec, stage_indices
+from .builder import (
+    Backbone,
+    BackboneSpec,
+    Block,
+    BlockSpec,
+    FeatureBackbone,
+    Stage,
+    Staged,
+    StageSpec,
+    check_images,
+    stage_indices,
+)
 from .registry import ModelCard, register_models
 
 
@@ -128,7 +139,8 @@ class _Trunk(Staged):
     def run_blocks(self, image: Tensor, wanted: Sequence[int] = (-1,)) -> list[LookupState]:
         """The state after each of the ``wanted`` blocks, which are in ascending order."""
         rank = len(self.spec.grid)
-        if image.ndim != rank + 2 or image.shape[1] != self.in_chans or 0 in image.shape:
+        check_images(image, next(self.parameters(), None))
+        if image.ndim != rank + 2 or image.shape[1] != self.in_chans or 0 in image.shape[1:]:
             axes = "height, width" if rank == 2 else "frames, height, width"
             raise ValueError(f"expected (batch, {self.in_chans}, {axes}); got {tuple(image.shape)}")
         x = self.positions(self.stem(image))

@@ -30,6 +30,7 @@ from .builder import (
     Stage,
     Staged,
     StageSpec,
+    check_images,
     stage_indices,
 )
 from .checkpoints import Layout, Rule
@@ -197,7 +198,8 @@ class _Trunk(Staged):
 
     def first_tokens(self, image: Tensor) -> TokenState:
         """The tokens of the grid with their positions, before any others enter."""
-        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape:
+        check_images(image, next(self.parameters(), None))
+        if image.ndim != 4 or image.shape[1] != self.in_chans or 0 in image.shape[1:]:
             raise ValueError(f"expected images (batch, {self.in_chans}, height, width); got {tuple(image.shape)}")
         x = self.stem(image)
         grid = tuple(x.shape[1:-1])

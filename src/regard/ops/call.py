@@ -291,9 +291,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
             raise ValueError(f"valid must be bool of shape {tuple(k.shape[:-2])}; got {shown(valid)}")
     start = starts(q, q_start)
     if pattern.flat and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
-        raise ValueError(
-            f"{pattern!r} counts on grids of other ranks: q_start must be one number; got {start}"
-        )
+        raise ValueError(f"{pattern!r} counts on grids of other ranks: q_start must be one number; got {start}")
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
         dropout=dropout, need_lse=need_lse, device=q.device,
@@ -453,9 +451,7 @@ def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
     padded = math.prod([n + before + after for n, (before, after) in zip(call.k_grid, zeros, strict=True)])
     each = call.batch * max(call.k.shape[-1], call.v.shape[-1]) * call.k.shape[-2]
     if padded > 64 * call.keys and padded * max(each, 1) > LARGEST // 4:
-        raise ValueError(
-            f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory holds: {padded}"
-        )
+        raise ValueError(f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory holds: {padded}")
     widths = [n for before, after in reversed(zeros) for n in (before, after)]
     k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (call.k, call.v))
     valid = None if call.valid is None else F.pad(call.valid, widths, value=True)

@@ -47,9 +47,7 @@ def summaries(x: Tensor, block: Sequence[int]) -> Tensor:
     check_tensor("x", x, what="(batch, *grid, *features)")
     block = check_grid("block", block)
     if x.ndim < 1 + len(block) or 0 in x.shape[1 : 1 + len(block)]:
-        raise ValueError(
-            f"x must be (batch, *grid, *features) with {len(block)} grid axes, none empty; got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must be (batch, *grid, *features) with {len(block)} grid axes, none empty; got {tuple(x.shape)}")
     rank = len(block)
     grid = x.shape[1 : 1 + rank]
     for axis, (n, size) in enumerate(zip(grid, block, strict=True)):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.call import HeadTable
@@ -22,7 +23,7 @@ from ...ops.kernels import apply_kernel
 from ..linear import Linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
-from .base import AttentionMixer, SplitMixer
+from .base import AttentionMixer, SplitMixer, check_token_tensors
 from .registry import register_mixer
 
 
@@ -32,6 +33,7 @@ class LengthScale(nn.Module):
     Source: Shi, TransNeXt, arXiv:2311.17132.
     """
 
+    @checked()
     def __init__(self, heads: int, head_dim: int, *, device=None, dtype=None) -> None:
         super().__init__()
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, head_dim, device=device, dtype=dtype))
@@ -57,6 +59,9 @@ class CosineAttention(AttentionMixer):
     Source: Shi, TransNeXt (last stage), arXiv:2311.17132.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @checked()
     def __init__(self, dim: int, heads: int, *, trained_grid: tuple[int, int] | None = None, **projections) -> None:
         super().__init__(dim, heads, scale=1.0, **projections)
         self.trained_grid = trained_grid
@@ -94,6 +99,9 @@ class AggregatedAttention(SplitMixer):
         ValueError: an even window; input that is not a map of the right width; a context on another grid.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -142,7 +150,8 @@ class AggregatedAttention(SplitMixer):
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         seen = x if context is None else context
-        if x.ndim != 4 or x.shape[-1] != self.dim:
+        check_token_tensors(self.dim, x, extra, context)
+        if x.ndim != 4:
             raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         if seen.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(seen.shape)}")

@@ -8,8 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import LARGEST, check_choice, check_number, check_tensor, checked
 from ...ops import Source, attend
 from ...ops.affine import affine
+from ...ops.dispatch import BACKENDS
 from ...ops.patterns import Dense, Ints, Pattern
 from ..linear import Linear
 from ..positions import OffsetBias, RotaryPositions
@@ -40,6 +42,7 @@ class AttentionMixer(nn.Module):
     rank: int | None = None
     """Grid axes that a mechanism is made for; None for any number."""
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -65,10 +68,17 @@ class AttentionMixer(nn.Module):
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
         self.head_dim = head_dim or dim // heads
+        check_number("attn_drop", attn_drop, 0.0, below=1.0)
+        check_number("proj_drop", proj_drop, 0.0, below=1.0)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.value_dim = value_dim or self.head_dim
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
+        if dim * sum(self.widths) > LARGEST:
+            raise ValueError(
+                f"the projections would have more than {LARGEST} weights; got {dim=}, {heads=}, widths {self.widths}"
+            )
         self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
         self.proj: nn.Module = Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
@@ -161,11 +171,10 @@ class AttentionMixer(nn.Module):
 
     def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
         """Raise ``ValueError`` where an argument of :meth:`forward` has another width or rank."""
+        check_tensor("x", x, what="of tokens")
         if self.rank is not None and x.ndim != self.rank + 2:
             raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
+        check_token_tensors(self.dim, x, extra, context)
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = self.padding(tuple(x.shape[1:-1]))
@@ -214,6 +223,7 @@ class PatternMixer(AttentionMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked(rank=0)
     def __init__(
         self,
         dim: int,
@@ -233,16 +243,22 @@ class PatternMixer(AttentionMixer):
         return [Source(k, v, self.pattern, bias=self.bias)]
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """The value, where it is allowed; else ``ValueError``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")
-    return value
+def check_token_tensors(dim: int, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
+    """Raise where tokens of the grid, those outside it or those of a context are no ``(batch, ..., dim)`` of one batch."""
+    for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
+        if tokens is None:
+            continue
+        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
+        fits = tokens.ndim == 3 if shape == "n" else tokens.ndim >= 3
+        if not fits or tokens.shape[-1] != dim or 0 in tokens.shape[1:]:
+            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
+        if tokens.shape[0] != x.shape[0]:
+            raise ValueError(f"{name} must have the batch of x, {x.shape[0]}; got {tuple(tokens.shape)}")
 
 
 def per_axis(value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
     """A number, or one per axis, as one per axis of a grid."""
-    values = value if isinstance(value, tuple) else (value,) * len(grid)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
     if len(values) != len(grid):
         raise ValueError(f"expected a number or one per axis of the grid {tuple(grid)}; got {value}")
     return values

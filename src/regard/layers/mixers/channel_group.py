@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops.affine import affine
 from ...ops.channel import channel_attend
 from ..linear import Linear
+from .base import check_token_tensors
 from .registry import register_mixer
 
 
@@ -34,6 +36,7 @@ class ChannelGroupAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads``; input of another width.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -66,10 +69,8 @@ class ChannelGroupAttention(nn.Module):
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix channels; arguments and results as for :class:`AttentionMixer`."""
-        for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-            if tokens is not None and (tokens.shape[-1] != self.dim or tokens.ndim < 3 or (shape == "n" and tokens.ndim > 3)):
-                raise ValueError(f"expected {name} (batch, {shape}, {self.dim}); got {tuple(tokens.shape)}")
-        count = x[0, ..., 0].numel()
+        check_token_tensors(self.dim, x, extra, context)
+        count = x.shape[1:-1].numel()
         beside = [] if extra is None else [extra]
         tokens = torch.cat([x.flatten(1, -2), *beside], 1)
         q, k, v = self.project(tokens, tokens if context is None else torch.cat([context.flatten(1, -2), *beside], 1))

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...checks import checked
+from .base import check_token_tensors
 from .registry import register_mixer
 
 
@@ -22,10 +24,13 @@ class IdentityMixer(nn.Module):
     """
 
     joins_extra = False
+    takes_any = True
 
+    @checked()
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:
         super().__init__()
         self.dim, self.heads = dim, heads
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
+        check_token_tensors(self.dim, x, extra, context)
         return x if extra is None else (x, extra)

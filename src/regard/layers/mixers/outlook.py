@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
 from ..linear import Linear
 from ..pools import PoolKV
+from .base import check_token_tensors
 from .registry import register_mixer
 
 
@@ -41,6 +43,7 @@ class OutlookAttention(nn.Module):
 
     joins_extra = False
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -86,7 +89,8 @@ class OutlookAttention(nn.Module):
         Returns:
             A tensor like ``x``; with ``extra`` also one like it.
         """
-        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
+        check_token_tensors(self.dim, x, extra, context)
+        if x.ndim != self.rank + 2:
             raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
         if context is not None and context.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ...names import unknown_name
+from ...checks import check_text
+from ...names import check_options, options_of, unknown_name
 
 _MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -34,13 +35,22 @@ def create_mixer(name: str, **arguments) -> nn.Module:
     Tokens outside the grid see its tokens, but for classes whose ``joins_extra`` is False.
 
     Raises:
-        ValueError: unknown name, with the nearest matches.
+        ValueError: unknown name or option, with the nearest matches; an option that is missing or out of bounds.
+        TypeError: an option of another kind.
     """
-    return mixer_class(name)(**arguments)
+    constructor = mixer_class(name)
+    options = options_of(constructor)
+    if not getattr(constructor, "takes_any", False):
+        check_options("mixer", name, arguments, options)
+    missing = [o for o, p in options.items() if p.default is p.empty and o not in arguments]
+    if missing:
+        raise ValueError(f"mixer {name} needs {', '.join(missing)}; got {', '.join(arguments) or 'no options'}")
+    return constructor(**arguments)
 
 
 def mixer_class(name: str) -> Callable[..., nn.Module]:
     """The constructor behind a mixer's name."""
+    check_text("name", name)
     if name not in _MIXERS:
         raise unknown_name("mixer", name, _MIXERS, "regard.list_mixers() or `regard mixers`")
     return _MIXERS[name]
@@ -48,4 +58,4 @@ def mixer_class(name: str) -> Callable[..., nn.Module]:
 
 def list_mixers(pattern: str = "*") -> list[str]:
     """Names of the mixers that match a shell-style pattern."""
-    return sorted(fnmatch.filter(_MIXERS, pattern))
+    return sorted(fnmatch.filter(_MIXERS, check_text("pattern", pattern)))
