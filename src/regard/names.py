@@ -46,7 +46,7 @@ def unknown_name(kind: str, name: str, known: Collection[str], listing: str) -> 
     return ValueError(f"unknown {kind} {name!r}; {told}")
 
 
-def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str]) -> None:
+def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str], has: str = "it has") -> None:
     """Check that something has all the options that are given.
 
     Args:
@@ -54,6 +54,7 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
         name: of it.
         given: names of options.
         known: the options that it has.
+        has: what comes before their list in the error.
 
     Raises:
         ValueError: the unknown ones, those that are near, and all there are.
@@ -64,9 +65,9 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
     near = [each for option in unknown for each in nearest(option, known, 2)] or [
         each for option in unknown for each in known if set(option.split("_")) & set(each.split("_"))
     ]
-    hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
-    has = ", ".join(known) or "none"
-    raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}{hint}; it has {has}")
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    listed = ", ".join(known) or "none"
+    raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}; {has} {listed}{hint}")
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -110,7 +110,7 @@ def create_model(
     """
     card = model_card(name)
     taken = [p for p in options_of(create_model) if p not in ("name", "pretrained")]
-    check_options("model", name, table, [*(p for p in options_of(card.table) if p not in taken), *taken])
+    check_options("model", name, table, [p for p in options_of(card.table) if p not in taken], "its table takes")
     if num_classes is not None:
         check_integer("num_classes", num_classes)
     check_integer("in_chans", in_chans, 1)

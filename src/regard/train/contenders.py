@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..layers.mixers import mixer_class
 from ..models.builder import MixerChoice
+from ..names import check_options, options_of
 
 LABELS: dict[str, str] = {
     "multi_head": "dense",
@@ -107,14 +107,8 @@ def _options(text: str, arguments: str) -> dict[str, Any]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    allowed: list[str] = []
-    for cls in inspect.getmro(mixer_class(name)):  # type: ignore[arg-type]  # registered mixers are classes
-        if "__init__" in vars(cls) and cls.__module__.startswith("regard."):
-            found = inspect.signature(vars(cls)["__init__"]).parameters.values()
-            allowed += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    allowed = [
-        option for option in dict.fromkeys(allowed) if option not in ("self", "dim", "heads", "pattern", "device", "dtype")
-    ]
-    unknown: Sequence[str] = [option for option in options if option not in allowed]
-    if unknown:
-        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
+    constructor = mixer_class(name)
+    ours = ("dim", "heads", "device", "dtype")
+    allowed = [option for option in options_of(constructor) if option not in ours]
+    if not getattr(constructor, "takes_any", False):
+        check_options("mixer", name, options, allowed)
