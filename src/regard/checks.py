@@ -90,6 +90,21 @@ def check_tensors(*, mixed: bool = False, **tensors: Any) -> None:
         raise ValueError(f"{', '.join(tensors)} must share {told}; got {', '.join(map(shown, tensors.values()))}")
 
 
+def check_fit(x: Tensor, weight: Tensor) -> None:
+    """Check that tokens have the dtype and the device of the weights they meet.
+
+    Autocast casts both, and weights may be kept in other forms than floats.
+
+    Raises:
+        ValueError: another dtype or device.
+    """
+    kept = x.dtype in FLOATS and weight.dtype in FLOATS
+    if x.dtype != weight.dtype and kept and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"tokens must be {str(weight.dtype).removeprefix('torch.')}, as the weights are; got {shown(x)}")
+    if x.device != weight.device:
+        raise ValueError(f"tokens must be on {weight.device}, where the weights are; got {shown(x)}")
+
+
 def check_range(name: str, table: Tensor, low: int, count: int, what: str) -> None:
     """Check that the entries of a table of indices are from ``low`` to ``count - 1``, where they can be read without waiting.
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..caches import cached
-from ..checks import FLOATS, shown
+from ..checks import check_fit, shown
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 16
@@ -44,7 +44,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         ValueError: another dtype or device than that of the weight, or another width, with nothing to cast for it.
     """
     if x.dtype != weight.dtype or x.device != weight.device or x.shape[-1] != weight.shape[-1]:
-        _check_fit(x, weight)
+        check_fit(x, weight)
+        if x.shape[-1] != weight.shape[-1]:
+            raise ValueError(f"tokens must have {weight.shape[-1]} channels; got {shown(x)}")
     if not _fast(x, weight, bias):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
@@ -52,17 +54,6 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         y = _Affine.apply(x, weight, bias)
         return F.gelu(y) if gelu else y
     return _ONEDNN(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-
-
-def _check_fit(x: Tensor, weight: Tensor) -> None:
-    """Raise where tokens do not go with the weight; autocast casts both, and weights may be kept in other forms than floats."""
-    kept = x.dtype in FLOATS and weight.dtype in FLOATS
-    if x.dtype != weight.dtype and kept and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"tokens must be {str(weight.dtype).removeprefix('torch.')}, as the weights are; got {shown(x)}")
-    if x.device != weight.device:
-        raise ValueError(f"tokens must be on {weight.device}, where the weights are; got {shown(x)}")
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"tokens must have {weight.shape[-1]} channels; got {shown(x)}")
 
 
 def fast_here() -> bool:

@@ -183,6 +183,8 @@ Group = list[tuple[tuple[int, ...] | None, Call]]
 def starts(q: Tensor, q_start: int | Sequence[int]) -> tuple[int, ...]:
     """The coordinates of the first query; a number is meant for the first axis of the grid."""
     if isinstance(q_start, Sequence) and not isinstance(q_start, (str, bytes)):
+        if len(q_start) != q.ndim - 3:
+            raise ValueError(f"q_start must have one entry per grid axis, {q.ndim - 3}; got {shown(q_start)}")
         return tuple(check_integer(f"q_start[{axis}]", start, -LARGEST) for axis, start in enumerate(q_start))
     return (check_integer("q_start", q_start, -LARGEST),) + (0,) * (q.ndim - 4)
 
@@ -290,7 +292,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
         if tuple(valid.shape) not in {tuple(k.shape[:-2]), (1, *k.shape[1:-2])}:
             raise ValueError(f"valid must be bool of shape {tuple(k.shape[:-2])}; got {shown(valid)}")
     start = starts(q, q_start)
-    if pattern.flat and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
+    if isinstance(pattern, Causal) and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
         raise ValueError(f"{pattern!r} counts on grids of other ranks: q_start must be one number; got {start}")
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),

@@ -75,7 +75,7 @@ def channel_attend(
     check_flag("l2", l2)
     check_integer("dim", dim, -2, -1)
     if scale is not None:
-        check_number("scale", scale)
+        scale = check_number("scale", scale)
     if temperature is not None and check_tensor("temperature", temperature, device=q.device).numel() not in (1, q.shape[-2]):
         raise ValueError(f"temperature must be one number per head, {q.shape[-2]} of them; got {shown(temperature)}")
     kind = torch.promote_types(q.dtype, torch.float32)

@@ -171,8 +171,8 @@ def unfold_windows(v: Tensor, size: int, stride: int = 1) -> Tensor:
         ``(batch, *windows, heads, taps, dim)``: ``ceil(length / stride)`` windows per axis, the taps in row-major order.
     """
     check_tensor("v", v, what="(batch, *grid, heads, dim)")
-    if v.ndim < 4:
-        raise ValueError(f"v must be (batch, *grid, heads, dim); got {tuple(v.shape)}")
+    if v.ndim < 4 or 0 in v.shape[1:]:
+        raise ValueError(f"v must be (batch, *grid, heads, dim), no axis empty but the batch; got {tuple(v.shape)}")
     size, stride = check_integer("size", size, 1), check_integer("stride", stride, 1)
     rank = v.ndim - 3
     pads = [n for length in reversed(v.shape[1:-2]) for n in _window_pads(length, size, stride)]

@@ -50,7 +50,7 @@ def mixture(logits: Tensor, k: int, *, total: float = 1.0) -> Mixture:
     experts = logits.shape[-1]
     if not 1 <= check_integer("k", k) <= experts:
         raise ValueError(f"k must be in 1..{experts}, the number of experts; got {k}")
-    check_number("total", total)
+    total = check_number("total", total)
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     index = logits.detach().topk(k, -1, sorted=False).indices
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)

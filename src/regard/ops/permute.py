@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_grid, check_tensors, shown
+from ..checks import FLOATS, INTEGERS, check_grid, check_tensor, check_tensors, shown
 from .call import check_scale
 from .patterns import Pattern, Separable, as_pattern
 
@@ -32,8 +32,7 @@ def to_tiles(x: Tensor, tile: Sequence[int], dilation: Sequence[int] | None = No
     Raises:
         ValueError: tile and dilation do not have one positive number per axis, or the grid has fewer axes.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (batch, *grid, ...); got {shown(x)}")
+    check_tensor("x", x, (*FLOATS, *INTEGERS, torch.bool), what="(batch, *grid, ...)")
     tile, dilation = _checked(tile, dilation)
     rank = len(tile)
     if x.ndim <= rank:
@@ -49,8 +48,7 @@ def to_tiles(x: Tensor, tile: Sequence[int], dilation: Sequence[int] | None = No
 
 def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """The inverse of :func:`to_tiles`: ``(batch, groups, tiles, tokens, ...)`` to ``(batch, *grid, ...)``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor (batch, groups, tiles, tokens, ...); got {shown(x)}")
+    check_tensor("x", x, (*FLOATS, *INTEGERS, torch.bool), what="(batch, groups, tiles, tokens, ...)")
     tile, dilation = _checked(tile, dilation)
     grid, rank = check_grid("grid", grid), len(tile)
     if len(grid) != rank:

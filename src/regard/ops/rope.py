@@ -35,7 +35,8 @@ def rope(x: Tensor, positions: Tensor | None = None, *, base: float = 10000.0) -
         raise ValueError(f"x must be (batch, *grid, heads, head_dim), no axis empty but the batch; got {tuple(x.shape)}")
     if positions is not None:
         check_tensor("positions", positions, (*FLOATS, *INTEGERS), device=x.device, what="([batch,] *grid, rank)")
-    if check_number("base", base) <= 0.0:
+    base = check_number("base", base)
+    if base <= 0.0:
         raise ValueError(f"base must be above 0; got {base}")
     grid = tuple(x.shape[1:-2])
     if positions is None:

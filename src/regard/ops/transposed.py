@@ -23,7 +23,7 @@ from .attention import attend
 from .backends.reference import exactly
 from .call import Source, check_scale
 from .observe import WATCHERS, Weighing, parts_of
-from .patterns import Axis, Clusters, Dense, Grid, Pattern, Window, as_pattern
+from .patterns import Axis, Clusters, Dense, Grid, Pattern, PerHead, Window, as_pattern
 from .weights import CHUNK, attend_weights
 
 
@@ -66,6 +66,8 @@ def attend_transposed(
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     pattern = as_pattern(pattern)
+    if isinstance(pattern, PerHead) and pattern.heads != q.shape[-2]:
+        raise ValueError(f"{pattern!r} is for {pattern.heads} heads; q has {q.shape[-2]}")
     q_grid, k_grid = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
     if q_grid != k_grid and not isinstance(pattern, (Dense, Clusters)):
         raise ValueError(f"{pattern!r} sends values within one grid; got queries {q_grid}, keys {k_grid}")

@@ -246,11 +246,11 @@ class PatternMixer(AttentionMixer):
 def check_token_tensors(dim: int, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
     """Raise where tokens of the grid, those outside it or those of a context are no ``(batch, ..., dim)`` of one batch."""
     for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
-        if tokens is None:
+        if tokens is None and name != "x":
             continue
         check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
         fits = tokens.ndim == 3 if shape == "n" else tokens.ndim >= 3
-        if not fits or tokens.shape[-1] != dim or 0 in tokens.shape[1:]:
+        if not fits or tokens.shape[-1] != dim or (shape != "n" and 0 in tokens.shape[1:]):
             raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
         if tokens.shape[0] != x.shape[0]:
             raise ValueError(f"{name} must have the batch of x, {x.shape[0]}; got {tuple(tokens.shape)}")

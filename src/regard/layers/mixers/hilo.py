@@ -19,7 +19,7 @@ from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
 from ..linear import Linear
 from ..pools import PoolKV
-from .base import AttentionMixer, SplitMixer
+from .base import AttentionMixer, SplitMixer, check_token_tensors
 from .registry import register_mixer
 from .window import WindowAttention
 
@@ -121,7 +121,8 @@ class HiLoAttention(nn.Module):
         Returns:
             A tensor like ``x``, high frequencies first; with ``extra`` also one like it.
         """
-        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
+        check_token_tensors(self.dim, x, extra, context)
+        if x.ndim != self.rank + 2:
             raise ValueError(f"expected x (batch, {self.rank} grid axes, {self.dim}); got {tuple(x.shape)}")
         parts = [] if self.high is None else [self.high(x, extra, context=context)]
         if self.low is not None:
