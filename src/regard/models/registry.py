@@ -126,7 +126,7 @@ def create_model(
         raise ValueError("nothing is downloaded: pass pretrained=PATH, a checkpoint under regard's, official or timm names")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices goes with features_only=True; got {shown(out_indices)}")
-    if out_indices is not None:
+    if out_indices is not None and out_indices not in ([], ()):  # none at all is answered with the stages there are
         check_grid("out_indices", out_indices, -LARGEST)
     spec = checked(**LOWEST)(card.table)(**table)
     if mixer is not None:

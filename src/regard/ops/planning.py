@@ -163,7 +163,7 @@ def plan(
     batch, heads, head_dim = (check_integer(n, m, 1) for n, m in (("batch", batch), ("heads", heads), ("head_dim", head_dim)))
     kv_heads = heads if kv_heads is None else check_integer("kv_heads", kv_heads, 1)
     value_dim = head_dim if value_dim is None else check_integer("value_dim", value_dim, 1)
-    if check_dtype("dtype", dtype) is None or (device := check_device("device", device)) is None:
+    if check_dtype("dtype", dtype) is None or (where := check_device("device", device)) is None:
         raise TypeError(f"plan needs a dtype and a device; got dtype={dtype}, device={device}")
     for name, flag in (("bias", bias), ("training", training), ("return_lse", return_lse)):
         check_flag(name, flag)
@@ -187,7 +187,7 @@ def plan(
     with torch.set_grad_enabled(training):
         source = Source(k, v, pattern, bias=table)
         (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
-        plans = [_planned(replace(call, device=device), backend) for _, call in group]
+        plans = [_planned(replace(call, device=where), backend) for _, call in group]
     made = plans[0] if len(plans) == 1 else _joined(plans, pattern)
     return made if tiles is None else replace(made, walk=walk_tiles(pattern, grid, *tiles, k_grid=k_grid))
 

@@ -248,7 +248,7 @@ def check_token_tensors(dim: int, x: Tensor, extra: Tensor | None = None, contex
     for name, tokens, shape in (("x", x, "*grid"), ("extra", extra, "n"), ("context", context, "*grid")):
         if tokens is None and name != "x":
             continue
-        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
+        tokens = check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
         fits = tokens.ndim == 3 if shape == "n" else tokens.ndim >= 3
         if not fits or tokens.shape[-1] != dim or (shape != "n" and 0 in tokens.shape[1:]):
             raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
