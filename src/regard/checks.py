@@ -2,8 +2,8 @@
 
 Each check returns the value, or raises one sentence that names the argument and quotes what was given and what is allowed:
 ``TypeError`` for another kind of thing, ``ValueError`` for one that is out of bounds. They read shapes and types, never the
-values of a tensor, and they hold while a graph is traced. :func:`checked` reads what the arguments of a constructor may be from
-its annotations.
+values of a tensor but for :func:`check_range`, and they hold while a graph is traced. :func:`checked` reads what the arguments
+of a constructor may be from its annotations.
 """
 
 from __future__ import annotations
@@ -74,6 +74,61 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, where the queries are; got {shown(value)}")
     return value
+
+
+def check_tensors(*, mixed: bool = False, **tensors: Any) -> None:
+    """Check that values are dense floating tensors on one device, of one dtype unless they may be ``mixed``.
+
+    Raises:
+        TypeError: no tensor, or one of another dtype.
+        ValueError: tensors of several dtypes or devices.
+    """
+    for name, value in tensors.items():
+        check_tensor(name, value)
+    first = next(iter(tensors.values()))
+    if any(t.device != first.device or (t.dtype != first.dtype and not mixed) for t in tensors.values()):
+        told = "a device" if mixed else "a dtype and a device"
+        raise ValueError(f"{', '.join(tensors)} must share {told}; got {', '.join(map(shown, tensors.values()))}")
+
+
+def check_fit(x: Tensor, weight: Tensor) -> None:
+    """Check that tokens have the dtype and the device of the weights they meet.
+
+    Autocast casts both, and weights may be kept in other forms than floats.
+
+    Raises:
+        ValueError: another dtype or device.
+    """
+    kept = x.dtype in FLOATS and weight.dtype in FLOATS
+    if x.dtype != weight.dtype and kept and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"tokens must be {str(weight.dtype).removeprefix('torch.')}, as the weights are; got {shown(x)}")
+    if x.device != weight.device:
+        raise ValueError(f"tokens must be on {weight.device}, where the weights are; got {shown(x)}")
+
+
+def check_range(name: str, table: Tensor, low: int, count: int, what: str) -> None:
+    """Check that the entries of a table of indices are from ``low`` to ``count - 1``, where they can be read without waiting.
+
+    They cannot while a graph is traced or under a transform, and meta tensors have none; on another device than the CPU the
+    program would have to wait for them. Where a wrong entry would be a wrong address, the operator looks itself.
+
+    Args:
+        name: of the table.
+        table: the indices.
+        low: the least entry: 0, or -1 where that means none.
+        count: how many there are of what it lists.
+        what: that.
+
+    Raises:
+        ValueError: an entry out of range.
+    """
+    plain = table.device.type == "cpu" and type(table) in (Tensor, torch.nn.Parameter)
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not table.numel():
+        return
+    least, most = map(int, table.aminmax())
+    if least < low or most >= count:
+        none = ", or -1 for none" if low < 0 else ""
+        raise ValueError(f"{name} must list {what} from 0 to {count - 1}{none}; got {least if least < low else most}")
 
 
 def check_integer(name: str, value: Any, low: int | None = 0, high: int = LARGEST) -> int:
@@ -220,8 +275,8 @@ def checked(**least: int) -> Callable[[Function], Function]:
     """Check the arguments of a constructor by their annotations, before it runs.
 
     ``int`` is a whole number of at least 1, or of the argument's default where that is 0 or less; ``float`` a finite number;
-    ``bool`` a flag; ``str`` text; ``Sequence[int]`` and ``tuple[int, ...]`` whole numbers, one per axis. What else an annotation
-    allows is left to the constructor. ``device`` and ``dtype`` are such, annotated or not.
+    ``bool`` a flag; ``str`` text; ``Sequence[int]`` and ``tuple[int, ...]`` whole numbers, one per axis. What else an
+    annotation allows is left to the constructor. ``device`` and ``dtype`` are such, annotated or not.
 
     Args:
         **least: lower bounds of whole numbers that may be smaller, by the name of the argument.
@@ -236,7 +291,7 @@ def checked(**least: int) -> Callable[[Function], Function]:
         @functools.lru_cache(maxsize=1)
         def kinds() -> dict[str, tuple[set[Any], int]]:
             """What each argument may be, and the lower bound of whole numbers; read at the first call."""
-            hints = typing.get_type_hints(function)
+            hints = typing.get_type_hints(getattr(function, "func", function))  # of what a partial calls
             found = {}
             for name, parameter in signature.parameters.items():
                 hint = hints.get(name, Any)

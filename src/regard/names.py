@@ -46,7 +46,7 @@ def unknown_name(kind: str, name: str, known: Collection[str], listing: str) -> 
     return ValueError(f"unknown {kind} {name!r}; {told}")
 
 
-def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str]) -> None:
+def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str], has: str = "it has") -> None:
     """Check that something has all the options that are given.
 
     Args:
@@ -54,6 +54,7 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
         name: of it.
         given: names of options.
         known: the options that it has.
+        has: what comes before their list in the error.
 
     Raises:
         ValueError: the unknown ones, those that are near, and all there are.
@@ -64,28 +65,36 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
     near = [each for option in unknown for each in nearest(option, known, 2)] or [
         each for option in unknown for each in known if set(option.split("_")) & set(each.split("_"))
     ]
-    hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
-    has = ", ".join(known) or "none"
-    raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}{hint}; it has {has}")
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    listed = ", ".join(known) or "none"
+    raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}; {has} {listed}{hint}")
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The options that a function or class takes by name; of a class also those that it hands on to its bases.
 
-    A class may name in ``settled`` those that it gives its bases itself.
+    What a base requires the class gives itself. It may name in ``settled`` what else it does, and in ``hands_to`` the class
+    that gets its other options, where that is no base.
     """
     if not isinstance(constructor, type):
         return {k: p for k, p in inspect.signature(constructor).parameters.items() if p.kind is not p.VAR_KEYWORD}
     found: dict[str, inspect.Parameter] = {}
     settled: set[str] = set()
-    for each in constructor.__mro__:
+    own = None  # the first class that takes any
+    waiting = list(constructor.__mro__)
+    while waiting:
+        each = waiting.pop(0)
         if "__init__" not in vars(each):
             continue
         parameters = inspect.signature(vars(each)["__init__"]).parameters
         for option, parameter in list(parameters.items())[1:]:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and option not in settled:
+            given = option in settled or (own is not None and parameter.default is parameter.empty)
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and not given:
                 found.setdefault(option, parameter)
+        own = each if own is None else own
         settled |= set(vars(each).get("settled", ()))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
+        if "hands_to" in vars(each):
+            waiting = list(vars(each)["hands_to"].__mro__)
     return found

@@ -662,31 +662,37 @@ def test_attention_dropout_acts_in_training_only():
         (lambda: create_mixer("neighbourhood", dim=16, heads=2), "did you mean neighborhood"),
         (lambda: create_mixer("xyz", dim=16, heads=2), "'xyz'; there are aggregated, axial, .*, strip, window$"),
         (lambda: create_mixer("window", dim=10, heads=4), "dim=10, heads=4"),
-        (lambda: create_mixer("window", dim=16, heads=2, pad="zero"), "'mask' or 'token'; got 'zero'"),
-        (lambda: create_mixer("neighborhood", dim=16, heads=2, kernel_size=0), "kernel_size must be at least 1; got 0"),
+        (lambda: create_mixer("window", dim=16, heads=2, pad="zero"), "mask, token; got 'zero'"),
+        (lambda: create_mixer("neighborhood", dim=16, heads=2, kernel_size=0), "kernel_size must be at least 1; got int 0"),
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=3, topk=10), "from 1 to 9 regions; got 10"),
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=0), "topk must be -1 .* got 0"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=1.5), "from 1 to 49 regions; got 1.5"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=0), r"at least 1, .* one per axis \(2\); got 0"),
+        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=1.5), "topk must be a whole number; got float 1.5"),
+        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=0), "regions must be at least 1; got int 0"),
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=(3,)), r"one per axis \(2\); got \(3,\)"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=2.5), "an integer or one per axis .*; got 2.5"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, kernel_size=0), "kernel_size must be .* at least 1; got 0"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, rank=0), "grids of 1, 2 or 3 axes; got rank=0"),
-        (lambda: create_mixer("locally_enhanced", dim=16, heads=2, kernel_size=(3, 5)), r"at least 1; got \(3, 5\)"),
+        (
+            lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=2.5),
+            "regions must be a whole number; got float 2.5",
+        ),
+        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, kernel_size=0), "kernel_size must be at least 1; got int 0"),
+        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, rank=0), "rank must be at least 1; got int 0"),
+        (
+            lambda: create_mixer("locally_enhanced", dim=16, heads=2, kernel_size=(3, 5)),
+            r"kernel_size must be a whole number; got tuple \(3, 5\)",
+        ),
         (lambda: create_mixer("locally_enhanced", dim=16, heads=2, rank=4), "grids of 1, 2 or 3 axes; got rank=4"),
         (lambda: create_mixer("locally_enhanced", dim=16, heads=2, head_dim=4), "dim=16 wide together; got 2 heads of 4"),
-        (lambda: create_mixer("locally_enhanced", dim=0, heads=2), "positive multiple of heads, .* got dim=0, heads=2"),
-        (lambda: create_mixer("msa_conv", dim=0, heads=2), "positive multiple of heads, .* got dim=0, heads=2"),
+        (lambda: create_mixer("locally_enhanced", dim=0, heads=2), "dim must be at least 1; got int 0"),
+        (lambda: create_mixer("msa_conv", dim=0, heads=2), "dim must be at least 1; got int 0"),
         (lambda: create_mixer("msa_conv", dim=16, heads=2, value_dim=4), "dim=16 wide together; got 2 heads of 4"),
-        (lambda: create_mixer("msa_conv", dim=16, heads=2, conv_size=-1), "at least 1, .* got kernel_size=7, conv_size=-1,"),
-        (lambda: create_mixer("msa_conv", dim=16, heads=2, dilation=0), "at least 1, .* got .* dilation=0,"),
-        (lambda: create_mixer("msa_conv", dim=16, heads=2, stride=0), "at least 1, .* got .* stride=0,"),
-        (lambda: create_mixer("msa_conv", dim=16, heads=2, out=0), "at least 1, .* got .* out=0,"),
-        (lambda: create_mixer("msa_conv", dim=16, heads=2, shift=1.5), "shift an integer; got .* shift=1.5$"),
+        (lambda: create_mixer("msa_conv", dim=16, heads=2, conv_size=-1), "conv_size must be at least 1; got int -1"),
+        (lambda: create_mixer("msa_conv", dim=16, heads=2, dilation=0), "dilation must be at least 1; got int 0"),
+        (lambda: create_mixer("msa_conv", dim=16, heads=2, stride=0), "stride must be at least 1; got int 0"),
+        (lambda: create_mixer("msa_conv", dim=16, heads=2, out=0), "out must be at least 1; got int 0"),
+        (lambda: create_mixer("msa_conv", dim=16, heads=2, shift=1.5), "shift must be a whole number; got float 1.5"),
         (lambda: create_mixer("axial", dim=16, heads=2, axes=(0, 0)), r"distinct.* got \(0, 0\)"),
         (lambda: create_mixer("axial", dim=16, heads=2, axes=(2,))(torch.randn(1, 3, 3, 16)), "Axis.2. does not exist"),
         (lambda: create_mixer("reversed", dim=16, heads=2, temperature=0.0), "temperature must be positive; got 0.0"),
-        (lambda: create_mixer("criss_cross", dim=16, heads=2, recurrence=0), "at least 1; got 0"),
+        (lambda: create_mixer("criss_cross", dim=16, heads=2, recurrence=0), "at least 1; got int 0"),
         (lambda: create_mixer("multi_head", dim=16, heads=4, kv_heads=3), "kv_heads=3"),
         (
             lambda: create_mixer("multi_head", dim=16, heads=2)(torch.randn(1, 3, 3, 8)),
@@ -705,7 +711,7 @@ def test_attention_dropout_acts_in_training_only():
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(make, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((TypeError, ValueError), match=told):
         make()
 
 

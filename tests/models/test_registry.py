@@ -65,8 +65,8 @@ def test_names_are_registered_once():
         ({"mixer": 7}, "mixer must be a name"),
         ({"mixer": []}, "at least one"),
         ({"pad": "reflect"}, "pad must be 'mask', 'token' or 'timm'; got 'reflect'"),
-        ({"drop_path_rate": 1.0}, "drop path rate must be in"),
-        ({"num_classes": -1}, "num_classes must be at least 0; got -1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a finite number"),
+        ({"num_classes": -1}, "num_classes must be at least 0; got int -1"),
     ],
 )
 def test_wrong_options_are_refused_with_what_is_allowed(options, message):

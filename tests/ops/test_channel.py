@@ -80,5 +80,5 @@ def test_misfits_are_named():
         channel_attend(q, torch.randn(1, 5, 2, 3), q)
     with pytest.raises(ValueError, match="relu, none; got 'tanh'"):
         channel_attend(q, q, q, normaliser="tanh")
-    with pytest.raises(ValueError, match="-1 or -2; got 1"):
+    with pytest.raises(ValueError, match="dim must be at most -1; got int 1"):
         channel_attend(q, q, q, dim=1)

@@ -164,7 +164,7 @@ def test_errors_say_what_was_given():
         neighbor_scores(q, q[:, :, :5], "neighborhood(3)")
     with pytest.raises(ValueError, match=r"has 9 taps on the grid \(6, 6\); got weights \(1, 6, 6, 2, 25\)"):
         neighbor_sum(torch.randn(1, 6, 6, 2, 25), q, "neighborhood(3)")
-    with pytest.raises(ValueError, match=r"share a dtype; got torch\.float32 and torch\.float64"):
+    with pytest.raises(ValueError, match=r"share a dtype and a device; got a float32 tensor .*, a float64 tensor"):
         neighbor_scores(q, q.double(), "neighborhood(3)")
     with pytest.raises(ValueError, match=r"needs a bias table \(heads, 5, 5\); got \(2, 3, 5\)"):
         neighbor_bias(torch.randn(2, 3, 5), "neighborhood(3)", (6, 6))

@@ -163,7 +163,7 @@ def test_permuted_tokens_lie_in_their_tiles_and_come_back(drawn):
     (lambda: walk_tiles("axis(0) | axis(1)", (8, 8), 4, 4), "Axis(0) | Axis(1)"),
     (lambda: walk_tiles("window(4)", (8, 8), (4, 4, 4), 4), "one per axis of 2; got (4, 4, 4)"),
     (lambda: walk_tiles("window(4)", (8, 8), (4, 4), 4), "got (4, 4) and (4,)"),
-    (lambda: walk_tiles("window(4)", (8, 8), (4, 0), (4, 4)), "got (4, 0)"),
+    (lambda: walk_tiles("window(4)", (8, 8), (4, 0), (4, 4)), "q_tile[1] must be at least 1; got int 0"),
     (lambda: to_tiles(torch.zeros(2, 8), (4, 4)), "2 axes in the grid; got (2, 8)"),
     (lambda: to_tiles(torch.zeros(2, 8, 8), (4, 4), (1,)), "got (4, 4) and (1,)"),
     (lambda: from_tiles(torch.zeros(1, 1, 3, 16), (8, 8), (4, 4)), "expected x (batch, 1, 4, 16, ...); got (1, 1, 3, 16)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .linear import check_kinds
+from ..checks import check_fit
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -14,8 +14,9 @@ def convolve_tokens(conv: nn.Module, x: Tensor) -> Tensor:
 
     On a 2-D grid the transposed view is torch's channels-last memory format: the convolution takes and returns it as it is.
     """
-    if isinstance(conv, tuple(CONVOLUTIONS.values())):
-        check_kinds(x, conv.weight)
+    weight = getattr(conv, "weight", None)  # what stands in a convolution's place may have none
+    if isinstance(weight, Tensor):
+        check_fit(x, weight)
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_tensor, checked
 from .linear import linear
 
 Activation = Callable[[], nn.Module]
 
 
 def _check_channels(x: Tensor, dim: int) -> None:
-    if x.ndim < 3 or x.shape[1] != dim:
+    check_tensor("x", x, what=f"(batch, {dim}, *grid)")
+    if x.ndim < 3 or x.shape[1] != dim or 0 in x.shape[2:]:
         raise ValueError(f"expected (batch, {dim}, *grid); got {tuple(x.shape)}")
 
 
@@ -40,6 +42,7 @@ class SqueezeGate(nn.Module):
     Source: Hu et al., arXiv:1709.01507.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -76,6 +79,7 @@ class EfficientChannelGate(nn.Module):
     Source: Wang et al., ECA-Net, arXiv:1910.03151. It has ``kernel_size`` parameters.
     """
 
+    @checked()
     def __init__(self, dim: int, kernel_size: int | None = None, *, device=None, dtype=None) -> None:
         super().__init__()
         size = int((math.log2(dim) + 1) / 2) // 2 * 2 + 1 if kernel_size is None else kernel_size
@@ -102,6 +106,7 @@ class StatisticsGate(nn.Module):
     Source: Lee et al., SRM, arXiv:1903.10829; Huang et al., partial channel attention, arXiv:2502.01303.
     """
 
+    @checked()
     def __init__(self, dim: int, *, gate: Activation = nn.Hardsigmoid, device=None, dtype=None) -> None:
         super().__init__()
         self.dim = dim
@@ -138,6 +143,7 @@ class SubspaceGate(nn.Module):
     MOMENTUM = 0.9
     """Of the running statistics, in torch's sense: they follow the last batches closely."""
 
+    @checked()
     def __init__(self, dim: int, groups: int = 4, *, device=None, dtype=None) -> None:
         super().__init__()
         if groups < 1 or dim % groups:
@@ -184,6 +190,7 @@ class TokenGate(nn.Module):
     Source: Huang et al., LightViT, arXiv:2207.05557.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -206,7 +213,8 @@ class TokenGate(nn.Module):
         self.act, self.gate = act(), gate()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 3 or x.shape[-1] != self.dim:
+        check_tensor("x", x, what=f"(batch, *grid, {self.dim})")
+        if x.ndim < 3 or x.shape[-1] != self.dim or 0 in x.shape[1:]:
             raise ValueError(f"expected (batch, *grid, {self.dim}); got {tuple(x.shape)}")
         y = self.norm(x)
         local = self.act(linear(self.local_reduce, y))

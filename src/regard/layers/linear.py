@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..checks import check_fit
 from ..ops.affine import affine, fast_affine, is_fast
 
 
@@ -19,7 +20,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     if is_plain(layer):
         if is_fast(x, layer.weight, layer.bias):  # type: ignore[arg-type]  # a plain layer has tensors
             return fast_affine(x, layer.weight, layer.bias)  # type: ignore[arg-type]
-        check_kinds(x, layer.weight)  # type: ignore[arg-type]
+        check_fit(x, layer.weight)  # type: ignore[arg-type]
     return layer(x)
 
 
@@ -29,13 +30,6 @@ def linear_part(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
         return layer(x)[..., first:last]
     bias = None if layer.bias is None else layer.bias[first:last]  # type: ignore[index]
     return affine(x, layer.weight[first:last], bias)  # type: ignore[index]
-
-
-def check_kinds(x: Tensor, weight: Tensor) -> None:
-    """Raise ``ValueError`` where tokens and weights are of dtypes that do not go together."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        names = (str(t.dtype).removeprefix("torch.") for t in (x, weight))
-        raise ValueError("the input must have the dtype of the weights; got an input in {} and weights in {}".format(*names))
 
 
 class Chain(nn.Sequential):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_sizes, check_tensor, checked
 from ..ops import attend
 from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
@@ -29,8 +30,9 @@ ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adapt
 
 def sizes_of(grid: Sequence[int], size: Ints) -> tuple[int, ...]:
     """A size per axis of a grid that has between 1 and 3 axes."""
-    sizes = size if isinstance(size, tuple) else (size,) * len(grid)
-    if len(sizes) != len(grid) or not 1 <= len(grid) <= 3 or min(sizes) < 1:
+    checked_size = check_sizes("size", size)
+    sizes = checked_size if isinstance(checked_size, tuple) else (checked_size,) * len(grid)
+    if len(sizes) != len(grid) or not 1 <= len(grid) <= 3:
         raise ValueError(f"expected a size of at least 1, or one per axis of a grid of 1 to 3 axes {tuple(grid)}; got {size}")
     return sizes
 
@@ -71,6 +73,7 @@ class PoolKV(nn.Module):
 
     KINDS = ("mean", "adaptive", "resize", "conv")
 
+    @checked()
     def __init__(
         self,
         kind: str,
@@ -107,6 +110,9 @@ class PoolKV(nn.Module):
 
     def reduce(self, x: Tensor) -> Tensor:
         """The pooling alone."""
+        check_tensor("x", x, what="(batch, *grid, dim)")
+        if x.ndim < 3 or 0 in x.shape[1:]:
+            raise ValueError(f"expected x (batch, *grid, dim), no axis empty but the batch; got {tuple(x.shape)}")
         grid = x.shape[1:-1]
         if self.conv is not None:
             assert self.ratio is not None  # the constructor checked
@@ -151,6 +157,7 @@ class ClassAttention(nn.Module):
     Source: Touvron et al., CaiT, arXiv:2103.17239; Yuan et al., VOLO, arXiv:2106.13112.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -209,6 +216,7 @@ class AttentionPool(nn.Module):
     Source: Hassani et al., CCT (sequence pooling), arXiv:2104.05704.
     """
 
+    @checked()
     def __init__(self, dim: int, *, device=None, dtype=None) -> None:
         super().__init__()
         self.score = nn.Linear(dim, 1, device=device, dtype=dtype)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..ops.call import HeadTable
 from ..ops.patterns import Dense, Ints, Pattern, Separable, as_pattern, grid_positions
 from ..ops.rope import rope
@@ -32,6 +33,7 @@ class OffsetBias(nn.Module):
     Source: Shaw et al., arXiv:1803.02155; Liu et al., Swin Transformer, arXiv:2103.14030.
     """
 
+    @checked()
     def __init__(
         self,
         heads: int,
@@ -71,6 +73,7 @@ class MirroredBias(nn.Module):
     Source: Graham et al., LeViT, arXiv:2104.01136.
     """
 
+    @checked()
     def __init__(self, heads: int, pattern: Pattern | str, rank: int = 2, *, device=None, dtype=None) -> None:
         super().__init__()
         self.pattern = as_pattern(pattern)
@@ -104,6 +107,7 @@ class DistanceBias(nn.Module):
     Source: Wu et al., iRPE, arXiv:2107.14222.
     """
 
+    @checked()
     def __init__(self, heads: int, near: int = 20, *, device=None, dtype=None) -> None:
         super().__init__()
         self.near = near
@@ -146,6 +150,7 @@ class OffsetEmbedding(nn.Module):
     Source: Ramachandran et al., arXiv:1906.05909; Vaswani et al., HaloNet, arXiv:2103.12731.
     """
 
+    @checked()
     def __init__(
         self, head_dim: int, pattern: Separable, span: Ints, rank: int = 2, *, spare: int = 0, device=None, dtype=None
     ) -> None:
@@ -225,6 +230,7 @@ class PooledOffsetMLP(nn.Module):
     Source: Liu et al., Swin Transformer V2, arXiv:2111.09883; Shi, TransNeXt, arXiv:2311.17132.
     """
 
+    @checked()
     def __init__(self, heads: int, hidden: int = 512, *, device=None, dtype=None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2, hidden, device=device, dtype=dtype)
@@ -279,6 +285,7 @@ class PositionTable(nn.Module):
     Source: Dosovitskiy et al., ViT, arXiv:2010.11929.
     """
 
+    @checked()
     def __init__(self, dim: int, grid: Sequence[int], *, std: float = 0.02, device=None, dtype=None) -> None:
         super().__init__()
         if len(grid) not in RESIZE_MODES:
@@ -326,6 +333,7 @@ class RotaryPositions(nn.Module):
     Source: Su et al., RoFormer, arXiv:2104.09864; axial form for images: Heo et al., arXiv:2403.13298.
     """
 
+    @checked()
     def __init__(self, base: float = 10000.0) -> None:
         super().__init__()
         self.base = base
@@ -348,6 +356,7 @@ class ValueConv(nn.Module):
     Source: Dong et al., CSWin Transformer (LePE), arXiv:2107.00652.
     """
 
+    @checked()
     def __init__(self, dim: int, kernel_size: int = 5, rank: int = 2, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
         self.conv = depthwise(dim, kernel_size, rank, bias=bias, device=device, dtype=dtype)
@@ -362,6 +371,7 @@ class ConvPosition(ValueConv):
     Source: Chu et al., CPVT, arXiv:2102.10882.
     """
 
+    @checked()
     def __init__(self, dim: int, kernel_size: int = 3, rank: int = 2, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__(dim, kernel_size, rank, bias=bias, device=device, dtype=dtype)
 

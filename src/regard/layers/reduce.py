@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..ops.patterns import Ints
 from .pools import resize_tokens, sizes_of
 
@@ -142,6 +143,7 @@ class TokenReducer(nn.Module):
     Source: Rao et al., DynamicViT, arXiv:2106.02034.
     """
 
+    @checked(prefix=0)
     def __init__(self, rate: float, *, prefix: int = 1, order: str = "score") -> None:
         super().__init__()
         if order not in ORDERS:
@@ -276,6 +278,7 @@ class MaskingReducer(TokenReducer):
     Source: Wei et al., Sparsifiner, arXiv:2303.13755.
     """
 
+    @checked(prefix=0)
     def __init__(self, rate: float, *, prefix: int = 1) -> None:
         super().__init__(rate, prefix=prefix, order="position")
 
@@ -308,6 +311,7 @@ class ResizingReducer(nn.Module):
     Source: Koner et al., LookupViT, arXiv:2407.12753.
     """
 
+    @checked()
     def __init__(self, size: Ints) -> None:
         super().__init__()
         self.size = size

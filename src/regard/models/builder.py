@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_tensor
+from ..checks import INTEGERS, check_integer, check_tensor, shown
 from ..layers.blocks import LayerScale, Residual
 from ..layers.linear import taken_by
 from ..layers.mixers import AttentionMixer, create_mixer
@@ -263,11 +263,18 @@ class Staged(nn.Module):
     def check_image(self, image: Tensor, axes: str = "height, width") -> None:
         """Raise ``TypeError`` or ``ValueError`` for anything but images (or videos) as the model takes them."""
         shape = f"(batch, {self.in_chans}, {axes})"
-        check_tensor("image", image, what=shape)
-        if image.ndim != axes.count(",") + 3 or image.shape[1] != self.in_chans or 0 in image.shape:
+        if not isinstance(image, Tensor) or image.dtype in INTEGERS:
+            raise TypeError(
+                f"images must be a floating point tensor {shape}, such as pixels / 255, normalised; got {shown(image)}"
+            )
+        device, kind = taken_by(self.stem)
+        check_tensor("images", image, what=shape)
+        if image.ndim != axes.count(",") + 3 or image.shape[1] != self.in_chans or 0 in image.shape[1:]:
             raise ValueError(f"expected images {shape}; got {tuple(image.shape)}")
-        if image.dtype != (kind := taken_by(self.stem)[1]) and not torch.is_autocast_enabled(image.device.type):
-            raise ValueError(f"expected images in the dtype of the model, {kind}; got {image.dtype}")
+        if image.device != device:
+            raise ValueError(f"images must be on {device}, where the model is; got {shown(image)}")
+        if image.dtype != kind and (image.device.type == "meta" or not torch.is_autocast_enabled(image.device.type)):
+            raise ValueError(f"images must be {str(kind).removeprefix('torch.')}, as the model is; got {shown(image)}")
 
     def run_stages(self, image: Tensor) -> list[Tensor]:
         """The tokens ``(batch, rows, columns, dim)`` after each stage."""
@@ -352,8 +359,7 @@ class Backbone(Staged):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one; 0 removes it."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0; got {num_classes}")
+        check_integer("num_classes", num_classes)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..names import unknown_name
+from ..checks import (
+    LARGEST,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_grid,
+    check_integer,
+    check_number,
+    check_text,
+    checked,
+    shown,
+)
+from ..names import check_options, options_of, unknown_name
 from .builder import Backbone, BackboneSpec, FeatureBackbone, MixerChoice
 from .checkpoints import load_checkpoint
 
+LOWEST = {"shared": 0, "routed": 0}
+"""Options of tables that may be smaller than 1."""
 _CARDS: dict[str, ModelCard] = {}
 
 
@@ -50,6 +63,7 @@ def model_card(name: str) -> ModelCard:
     Raises:
         ValueError: unknown name, with the nearest matches or the families.
     """
+    check_text("name", name)
     if name not in _CARDS:
         raise unknown_name("model", name, _CARDS, "regard.list_models() or `regard models`")
     return _CARDS[name]
@@ -57,7 +71,7 @@ def model_card(name: str) -> ModelCard:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern."""
-    return sorted(fnmatch.filter(_CARDS, pattern))
+    return sorted(fnmatch.filter(_CARDS, check_text("pattern", pattern)))
 
 
 def create_model(
@@ -95,15 +109,26 @@ def create_model(
         FileNotFoundError: no checkpoint at that path.
     """
     card = model_card(name)
-    allowed = [p for p in inspect.signature(card.table).parameters if p != "num_classes"]
-    unknown = [option for option in table if option not in allowed]
-    if unknown:
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; its table takes {', '.join(allowed)}")
+    taken = [p for p in options_of(create_model) if p not in ("name", "pretrained")]
+    check_options("model", name, table, [p for p in options_of(card.table) if p not in taken], "its table takes")
+    if num_classes is not None:
+        check_integer("num_classes", num_classes)
+    check_integer("in_chans", in_chans, 1)
+    check_number("drop_rate", drop_rate, 0.0, below=1.0)
+    if drop_path_rate is not None:
+        check_number("drop_path_rate", drop_path_rate, 0.0, below=1.0)
+    check_flag("features_only", features_only)
+    check_device("device", device)
+    check_dtype("dtype", dtype)
+    if not isinstance(pretrained, (bool, str, os.PathLike)):
+        raise TypeError(f"pretrained must be the path of a checkpoint; got {shown(pretrained)}")
     if pretrained is True:
         raise ValueError("nothing is downloaded: pass pretrained=PATH, a checkpoint under regard's, official or timm names")
     if out_indices is not None and not features_only:
-        raise ValueError(f"out_indices goes with features_only=True; got {list(out_indices)}")
-    spec = card.table(**table)
+        raise ValueError(f"out_indices goes with features_only=True; got {shown(out_indices)}")
+    if out_indices is not None and out_indices not in ([], ()):  # none at all is answered with the stages there are
+        check_grid("out_indices", out_indices, -LARGEST)
+    spec = checked(**LOWEST)(card.table)(**table)
     if mixer is not None:
         spec = spec.with_mixer(mixer)
     model = (spec.network or Backbone)(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..caches import cached
+from ..checks import check_fit, shown
 from .counted import register_flop_formula
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -38,9 +39,16 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
     Returns:
         ``(..., out)``, differentiable any number of times.
+
+    Raises:
+        ValueError: another dtype or device than that of the weight, or another width, with nothing to cast for it.
     """
     if is_fast(x, weight, bias):
         return fast_affine(x, weight, bias, gelu=gelu)
+    if x.dtype != weight.dtype or x.device != weight.device or x.shape[-1] != weight.shape[-1]:
+        check_fit(x, weight)
+        if x.shape[-1] != weight.shape[-1]:
+            raise ValueError(f"tokens must have {weight.shape[-1]} channels; got {shown(x)}")
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 

@@ -193,6 +193,8 @@ Group = list[tuple[tuple[int, ...] | None, Call]]
 def starts(q: Tensor, q_start: int | Sequence[int]) -> tuple[int, ...]:
     """The coordinates of the first query; a number is meant for the first axis of the grid."""
     if isinstance(q_start, Sequence) and not isinstance(q_start, (str, bytes)):
+        if len(q_start) != q.ndim - 3:
+            raise ValueError(f"q_start must have one entry per grid axis, {q.ndim - 3}; got {shown(q_start)}")
         return tuple(check_integer(f"q_start[{axis}]", start, -LARGEST) for axis, start in enumerate(q_start))
     return (check_integer("q_start", q_start, -LARGEST),) + (0,) * (q.ndim - 4)
 
@@ -300,10 +302,8 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
         if tuple(valid.shape) not in {tuple(k.shape[:-2]), (1, *k.shape[1:-2])}:
             raise ValueError(f"valid must be bool of shape {tuple(k.shape[:-2])}; got {shown(valid)}")
     start = starts(q, q_start)
-    if pattern.flat and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
-        raise ValueError(
-            f"{pattern!r} counts queries and keys on grids of other ranks: q_start must be one number; got {start}"
-        )
+    if isinstance(pattern, Causal) and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
+        raise ValueError(f"{pattern!r} counts on grids of other ranks: q_start must be one number; got {start}")
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
         dropout=dropout, need_lse=need_lse, device=q.device,
@@ -386,8 +386,8 @@ def _check_bias(call: Call, bias: Tensor) -> Tensor:
     full = (call.batch, call.heads, call.queries, call.keys)
     if isinstance(bias, Tensor) and bias.dtype == torch.bool:
         raise TypeError(
-            f"bias is added to the logits and must be floating point; got {shown(bias)}: keys are hidden by valid=, by a pattern, "
-            "or by a bias of -inf"
+            f"bias is added to the logits and must be floating point; got {shown(bias)}: keys are hidden by "
+            "valid=, by a pattern, or by a bias of -inf"
         )
     check_tensor("bias", bias, device=call.q.device)
     if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(full), strict=False)):
@@ -463,9 +463,7 @@ def _with_zero_keys(call: Call, zeros: tuple[tuple[int, int], ...]) -> Call:
     padded = math.prod([n + before + after for n, (before, after) in zip(call.k_grid, zeros, strict=True)])
     each = call.batch * max(call.k.shape[-1], call.v.shape[-1]) * call.k.shape[-2]
     if padded > 64 * call.keys and padded * max(each, 1) > LARGEST // 4:
-        raise ValueError(
-            f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory should hold: {padded}"
-        )
+        raise ValueError(f"{call.pattern!r} puts more zero keys around the key grid {call.k_grid} than memory holds: {padded}")
     widths = [n for before, after in reversed(zeros) for n in (before, after)]
     k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (call.k, call.v))
     valid = None if call.valid is None else F.pad(call.valid, widths, value=True)

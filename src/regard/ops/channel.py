@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_tensors, shown
 from .observe import WATCHERS, Weighing, tell
 
 
@@ -61,16 +62,22 @@ def channel_attend(
     Raises:
         ValueError: shapes that do not go together; an unknown normaliser; another ``dim``.
     """
+    check_tensors(q=q, k=k, v=v, mixed=True)
     alike = k.shape[-2:] == v.shape[-2:] and k.shape[0] == v.shape[0]
     if min(q.ndim, v.ndim) < 4 or q.shape[:-1] != k.shape[:-1] or not alike:
         raise ValueError(
             "q, k and v must be (batch, *grid, heads, dim), q and k on one grid, k and v of one width; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if normaliser not in NORMALISERS:
-        raise ValueError(f"normaliser must be one of {', '.join(NORMALISERS)}; got {normaliser!r}")
-    if dim not in (-1, -2):
-        raise ValueError(f"dim must be -1 or -2; got {dim}")
+    if any(0 in t.shape[1:] for t in (q, k, v)):
+        raise ValueError(f"no axis may be empty but the batch; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    check_choice("normaliser", normaliser, NORMALISERS)
+    check_flag("l2", l2)
+    check_integer("dim", dim, -2, -1)
+    if scale is not None:
+        scale = check_number("scale", scale)
+    if temperature is not None and check_tensor("temperature", temperature, device=q.device).numel() not in (1, q.shape[-2]):
+        raise ValueError(f"temperature must be one number per head, {q.shape[-2]} of them; got {shown(temperature)}")
     kind = torch.promote_types(q.dtype, torch.float32)
     queries, keys = (t.flatten(1, -3).to(kind) for t in (q, k))  # (batch, tokens, heads, channels)
     if l2:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_tensor
 from .transforms import again, differentiated, fixed
 
 
@@ -34,6 +35,10 @@ def sample_points(v: Tensor, points: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not go together.
     """
+    check_tensor("v", v, what="(batch, rows, columns, heads, dim)")
+    check_tensor("points", points, what="(batch, *out, heads, points, 2)", device=v.device)
+    if 0 in v.shape[1:]:
+        raise ValueError(f"no axis may be empty but the batch; got v {tuple(v.shape)}")
     if v.ndim != 5 or points.ndim < 4 or points.shape[-1] != 2 or points.shape[0] != v.shape[0]:
         raise ValueError(
             f"expected v (batch, rows, columns, heads, dim) and points (batch, *out, heads, points, 2); "
@@ -96,7 +101,12 @@ def deform_sample(v: Tensor, points: Tensor, weights: Tensor) -> Tensor:
         ValueError: shapes that do not go together.
     """
     samples = sample_points(v, points)
-    if weights.ndim != samples.ndim - 1 or weights.shape[-2:] != samples.shape[-3:-1]:
+    check_tensor("weights", weights, what="(batch, *out, heads, points)", device=samples.device)
+    if (
+        weights.ndim != samples.ndim - 1
+        or weights.shape[-2:] != samples.shape[-3:-1]
+        or any(n not in (1, m) for n, m in zip(weights.shape, samples.shape[:-1], strict=True))
+    ):
         raise ValueError(
             f"weights must be (batch, *out, heads, points) = {tuple(samples.shape[:-1])}; got {tuple(weights.shape)}"
         )

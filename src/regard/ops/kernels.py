@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_grid, check_integer, check_sizes, check_tensor, check_tensors
 from .observe import WATCHERS, Weighing, tell
 from .patterns import Ints, Neighborhood, grid_positions
 
@@ -39,16 +40,18 @@ def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, 
         ValueError: weights that do not fit the values and the kernel; with ``border="shift"`` an axis shorter than
             ``size * dilation``.
     """
+    check_tensors(v=v, weights=weights, mixed=True)
+    if v.ndim < 4:
+        raise ValueError(f"v must be (batch, *grid, heads, dim); got {tuple(v.shape)}")
     grid = tuple(v.shape[1:-2])
     sizes, dilations = _per_axis("size", size, grid), _per_axis("dilation", dilation, grid)
     taps = math.prod(sizes)
-    if weights.ndim != v.ndim or weights.shape[1:-2] != v.shape[1:-2] or weights.shape[-1] != taps:
+    if weights.ndim != v.ndim or weights.shape[1:-2] != v.shape[1:-2] or weights.shape[-1] != taps or _spread(v, weights):
         raise ValueError(
             f"weights must be (batch, *grid, heads, taps) = {(v.shape[0], *grid, v.shape[-2], taps)} for values "
             f"{tuple(v.shape)} and a kernel of {sizes}; got {tuple(weights.shape)}"
         )
-    if border not in ("zero", "shift"):
-        raise ValueError(f"border must be 'zero' or 'shift'; got {border!r}")
+    check_choice("border", border, ("zero", "shift"))
     short = [n < k * d for n, k, d in zip(grid, sizes, dilations, strict=True)]
     if border == "shift" and any(short):
         raise ValueError(f"border='shift' needs axes of at least size * dilation; got a grid {grid}, {sizes=}, {dilations=}")
@@ -63,6 +66,11 @@ def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, 
         y = part if y is None else y + part
     assert y is not None  # a kernel has at least one tap
     return y.to(v.dtype)
+
+
+def _spread(v: Tensor, weights: Tensor) -> bool:
+    """Whether batch or heads differ and neither is 1."""
+    return any(a != b and 1 not in (a, b) for a, b in ((v.shape[0], weights.shape[0]), (v.shape[-2], weights.shape[-2])))
 
 
 def _weighing(v: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Sequence[int], border: str) -> Weighing:
@@ -91,10 +99,8 @@ def _weighing(v: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Seque
 
 
 def _per_axis(name: str, value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
-    values = value if isinstance(value, tuple) else (value,) * len(grid)
-    if len(values) != len(grid) or min(values) < 1:
-        raise ValueError(f"{name} must be at least 1, a number or one per axis of the grid {tuple(grid)}; got {value}")
-    return values
+    values = check_sizes(name, value, len(grid))
+    return values if isinstance(values, tuple) else (values,) * len(grid)
 
 
 def _padded_rows(v: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> Iterator[Tensor]:
@@ -166,6 +172,10 @@ def unfold_windows(v: Tensor, size: int, stride: int = 1) -> Tensor:
     Returns:
         ``(batch, *windows, heads, taps, dim)``: ``ceil(length / stride)`` windows per axis, the taps in row-major order.
     """
+    check_tensor("v", v, what="(batch, *grid, heads, dim)")
+    if v.ndim < 4 or 0 in v.shape[1:]:
+        raise ValueError(f"v must be (batch, *grid, heads, dim), no axis empty but the batch; got {tuple(v.shape)}")
+    size, stride = check_integer("size", size, 1), check_integer("stride", stride, 1)
     rank = v.ndim - 3
     pads = [n for length in reversed(v.shape[1:-2]) for n in _window_pads(length, size, stride)]
     v = F.pad(v, [0, 0, 0, 0, *pads])
@@ -188,6 +198,9 @@ def fold_windows(y: Tensor, grid: Sequence[int], size: int, stride: int = 1) -> 
     Raises:
         ValueError: windows that do not cover this grid.
     """
+    check_tensor("y", y, what="(batch, *windows, heads, taps, dim)")
+    grid = check_grid("grid", grid)
+    size, stride = check_integer("size", size, 1), check_integer("stride", stride, 1)
     rank = len(grid)
     expected = (*(-(-n // stride) for n in grid), size**rank)
     if y.ndim != rank + 4 or (*y.shape[1 : 1 + rank], y.shape[-2]) != expected:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor, shown
+
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Put attentions of the same queries to disjoint sets of keys together, exactly and differentiably.
@@ -26,10 +28,25 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         The merged output and log-sum-exp.
 
     Raises:
-        ValueError: lists of different lengths, or empty.
+        TypeError: no lists of tensors.
+        ValueError: lists of different lengths, or empty; tensors of other shapes, dtypes or devices.
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if isinstance(parts, (str, bytes, Tensor)) or not isinstance(parts, Sequence):
+            raise TypeError(f"{name} must be a list of tensors; got {shown(parts)}")
     if len(outs) != len(lses) or not outs:
         raise ValueError(f"merge needs as many lses as outs, at least one; got {len(outs)} outs, {len(lses)} lses")
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for part in parts:
+            check_tensor(f"each of {name}", part)
+        if len({(part.dtype, part.device) for part in parts}) > 1:
+            raise ValueError(f"{name} must share a dtype and a device; got {', '.join(map(shown, parts))}")
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape != outs[0].shape or lse.shape != outs[0].shape[:-1] or lse.device != outs[0].device:
+            raise ValueError(
+                "outs must share one shape, and lses that shape less its last axis; "
+                f"got {', '.join(map(shown, outs))} and {', '.join(map(shown, lses))}"
+            )
     shares, lse = shares_of(lses)
     out = outs[0] * shares[0].unsqueeze(-1).to(outs[0].dtype)
     for other, share in zip(outs[1:], shares[1:], strict=True):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_integer, check_number, check_tensor, check_tensors
+from .call import check_scale
 from .observe import WATCHERS, Weighing, tell
 from .transforms import again, differentiated, fixed
 
@@ -44,9 +46,13 @@ def mixture(logits: Tensor, k: int, *, total: float = 1.0) -> Mixture:
     Raises:
         ValueError: ``k`` below one or above the number of experts.
     """
+    check_tensor("logits", logits, what="(..., experts)")
+    if logits.ndim < 1:
+        raise ValueError("logits must be (..., experts); got a single number")
     experts = logits.shape[-1]
-    if not 1 <= k <= experts:
+    if not 1 <= check_integer("k", k) <= experts:
         raise ValueError(f"k must be in 1..{experts}, the number of experts; got {k}")
+    total = check_number("total", total)
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     index = logits.detach().topk(k, -1, sorted=False).indices
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
@@ -72,6 +78,23 @@ def chosen_attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, scale: flo
     Returns:
         ``(batch, *grid, heads, value_dim)``.
     """
+    check_tensors(q=q, k=k, v=v)
+    check_tensor("chosen", chosen, (torch.bool,), device=q.device, what="(batch, *grid, heads)")
+    if (
+        min(q.ndim, k.ndim, v.ndim) < 4
+        or k.shape[:-1] != v.shape[:-1]
+        or q.shape[-2:] != k.shape[-2:]
+        or q.shape[0] != k.shape[0]
+    ):
+        raise ValueError(
+            "q, k and v must be (batch, *grid, heads, dim) and go together; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if chosen.shape != q.shape[:-1]:
+        raise ValueError(f"chosen must be (batch, *grid, heads) = {tuple(q.shape[:-1])}; got {tuple(chosen.shape)}")
+    scale = check_scale(q, scale)
+    if 0 in q.shape:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     queries, keys, values = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))  # (batch, heads, tokens, width)
     seats = chosen.flatten(1, -2).transpose(1, 2)
     at = seats.to(torch.uint8).topk(int(seats.sum(-1).max()), -1, sorted=False).indices[..., None]
@@ -106,6 +129,12 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
     Source: Fedus et al., Switch Transformer, arXiv:2101.03961.
     """
+    check_tensor("probabilities", probabilities, what="(..., experts)")
+    check_tensor("chosen", chosen, (torch.bool,), device=probabilities.device, what="(..., experts)")
+    if probabilities.shape != chosen.shape or probabilities.ndim < 2:
+        raise ValueError(
+            f"probabilities and chosen must be (..., experts) both; got {tuple(probabilities.shape)} and {tuple(chosen.shape)}"
+        )
     mean = probabilities.flatten(0, -2).mean(0)
     load = chosen.flatten(0, -2).to(mean.dtype).mean(0)
     return mean.shape[-1] * (mean * load).sum()
@@ -113,4 +142,7 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 def z_loss(logits: Tensor) -> Tensor:
     """The mean squared log-sum-exp over experts, which keeps logits ``(..., experts)`` small."""
+    check_tensor("logits", logits, what="(..., experts)")
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (..., experts) with at least one expert; got {tuple(logits.shape)}")
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..caches import cached
+from ..checks import check_grid, check_tensor, check_tensors
 from .counted import register_flop_formula
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
@@ -47,6 +48,7 @@ def neighbor_scores(q: Tensor, k: Tensor, pattern: Pattern | str) -> Tensor:
     Raises:
         ValueError: shapes that differ, or another kind of pattern.
     """
+    check_tensors(q=q, k=k)
     pattern, grid = _checked(pattern, q, k, "q and k", q.shape == k.shape)
     products = _products_by_tap if differentiated(q, k) else neighbor_products
     return _unfolded(products(_folded(q), _folded(k), pattern.spec, list(grid), -torch.inf), q)
@@ -67,6 +69,7 @@ def neighbor_sum(weights: Tensor, v: Tensor, pattern: Pattern | str) -> Tensor:
     Raises:
         ValueError: weights that do not fit the values and the pattern, or another kind of pattern.
     """
+    check_tensors(weights=weights, v=v)
     pattern, grid = _checked(pattern, weights, v, "weights and v", weights.shape[:-1] == v.shape[:-1])
     taps = math.prod(_taps(pattern.spec, grid))
     if weights.shape[-1] != taps:
@@ -89,7 +92,8 @@ def neighbor_bias(table: Tensor, pattern: Pattern | str, grid: Sequence[int]) ->
     Raises:
         ValueError: a table of other sizes, or another kind of pattern.
     """
-    grid = tuple(map(operator.index, grid))
+    check_tensor("table", table, what="(heads, *offsets)")
+    grid = tuple(map(operator.index, check_grid("grid", grid)))
     pattern = _separable(pattern, grid)
     sizes = tuple(2 * pattern.extent(axis, n, len(grid)) + 1 for axis, n in enumerate(grid))
     if tuple(table.shape[1:]) != sizes:
@@ -104,8 +108,8 @@ def _checked(pattern: Pattern | str, a: Tensor, b: Tensor, names: str, agree: bo
         raise ValueError(
             f"{names} must be (batch, *grid, heads, dim) on the same grid; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    if a.dtype != b.dtype:
-        raise ValueError(f"{names} must share a dtype; got {a.dtype} and {b.dtype}")
+    if 0 in (*a.shape[1:], *b.shape[1:]):
+        raise ValueError(f"no axis of {names} may be empty but the batch; got {tuple(a.shape)} and {tuple(b.shape)}")
     grid = tuple(map(operator.index, a.shape[1:-2]))
     return _separable(pattern, grid), grid
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import FLOATS, INTEGERS, check_grid, check_tensor, check_tensors, shown
+from .call import check_scale
 from .patterns import Pattern, Separable, as_pattern
 
 
@@ -30,6 +32,7 @@ def to_tiles(x: Tensor, tile: Sequence[int], dilation: Sequence[int] | None = No
     Raises:
         ValueError: tile and dilation do not have one positive number per axis, or the grid has fewer axes.
     """
+    check_tensor("x", x, (*FLOATS, *INTEGERS, torch.bool), what="(batch, *grid, ...)")
     tile, dilation = _checked(tile, dilation)
     rank = len(tile)
     if x.ndim <= rank:
@@ -45,8 +48,11 @@ def to_tiles(x: Tensor, tile: Sequence[int], dilation: Sequence[int] | None = No
 
 def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """The inverse of :func:`to_tiles`: ``(batch, groups, tiles, tokens, ...)`` to ``(batch, *grid, ...)``."""
+    check_tensor("x", x, (*FLOATS, *INTEGERS, torch.bool), what="(batch, groups, tiles, tokens, ...)")
     tile, dilation = _checked(tile, dilation)
-    rank = len(tile)
+    grid, rank = check_grid("grid", grid), len(tile)
+    if len(grid) != rank:
+        raise ValueError(f"tile must have one number per axis of the grid {grid}; got {tile}")
     tiles = [-(-n // (t * d)) for n, t, d in zip(grid, tile, dilation, strict=True)]
     shape = (math.prod(dilation), math.prod(tiles), math.prod(tile))
     if tuple(x.shape[1:4]) != shape:
@@ -85,8 +91,20 @@ def attend_permuted(
     Raises:
         ValueError: another pattern, or key grid; tiles that do not have one positive number per axis.
     """
+    check_tensors(q=q, k=k, v=v)
+    if min(q.ndim, k.ndim) < 4 or k.shape[:-1] != v.shape[:-1] or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            "q, k and v must be (batch, *grid, heads, dim) and go together; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if 0 in (*q.shape[1:], *k.shape[1:], *v.shape[1:]) or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"the heads of q must be a multiple of those of k, and no axis empty; got {shown(q)}, {shown(k)}")
+    scale = check_scale(q, scale)
+    q_tile, k_tile = check_grid("q_tile", q_tile), check_grid("k_tile", k_tile)
     pattern, grid = as_pattern(pattern), tuple(q.shape[1:-2])
     rank = len(grid)
+    if len(q_tile) != rank or len(k_tile) != rank:
+        raise ValueError(f"tiles must have one number per axis of the grid {grid}; got {q_tile} and {k_tile}")
     if not isinstance(pattern, Separable) or any(any(pattern.zero_keys(a, n, rank)) for a, n in enumerate(grid)):
         raise ValueError(f"expected a pattern of one window per axis without zero keys; got {pattern!r}")
     if tuple(k.shape[1:-2]) != grid:
@@ -104,7 +122,7 @@ def attend_permuted(
     q_tiles = to_tiles(q, q_tile, dilation).unflatten(-2, (k.shape[-2], -1))
     k_tiles, v_tiles = (to_tiles(x, k_tile, dilation)[:, groups, visited].flatten(3, 4) for x in (k, v))
     kind = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.einsum("bgtqhrd,bgtkhd->bgthrqk", q_tiles, k_tiles).to(kind) * (scale or q.shape[-1] ** -0.5)
+    logits = torch.einsum("bgtqhrd,bgtkhd->bgthrqk", q_tiles, k_tiles).to(kind) * scale
     logits = logits.masked_fill(~mask, -torch.inf)
     lse = logits.logsumexp(-1)
     out = torch.einsum("bgthrqk,bgtkhd->bgtqhrd", (logits - lse[..., None]).exp().to(v.dtype), v_tiles)
@@ -113,8 +131,9 @@ def attend_permuted(
 
 
 def _checked(tile: Sequence[int], dilation: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    tile, dilation = tuple(tile), tuple(dilation or (1,) * len(tile))
-    if len(tile) != len(dilation) or not tile or min(*tile, *dilation) < 1:
+    tile = check_grid("tile", tile)
+    dilation = (1,) * len(tile) if dilation is None else check_grid("dilation", dilation)
+    if len(tile) != len(dilation):
         raise ValueError(f"tile and dilation must have one positive number per axis; got {tile} and {dilation}")
     return tile, dilation
 

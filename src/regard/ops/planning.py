@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from ..checks import LARGEST, check_device, check_dtype, check_flag, check_grid, check_integer, shown
 from .backends import flex, tile_calls, triton
 from .call import Call, HeadTable, Source, break_up
 from .dispatch import BACKENDS, choose, others
 from .patterns import Blocks, Pattern, as_pattern
 from .simulator import Tile, TileWalk, walk_tiles
 from .tiling import TileGroup
+
+MOST_TOKENS = 1 << 24
+"""Tokens of a grid whose tiles are still planned."""
 
 
 @dataclass(frozen=True)
@@ -151,27 +155,48 @@ def plan(
         tiles: query and key tile of a fused kernel to simulate, see :func:`regard.ops.simulator.walk_tiles`.
 
     Raises:
-        ValueError: as :func:`regard.attend` would; tiles that cannot be walked.
+        TypeError, ValueError: as :func:`regard.attend` would; tiles that cannot be walked; grids of more than ``MOST_TOKENS``,
+            or tensors of more elements than an index of 63 bits tells apart.
     """
     pattern = as_pattern(pattern)
-    grid, k_grid = tuple(grid), tuple(k_grid or grid)
+    grid, k_grid = _grid("grid", grid), _grid("k_grid", grid if k_grid is None else k_grid)
+    batch, heads, head_dim = (check_integer(n, m, 1) for n, m in (("batch", batch), ("heads", heads), ("head_dim", head_dim)))
+    kv_heads = heads if kv_heads is None else check_integer("kv_heads", kv_heads, 1)
+    value_dim = head_dim if value_dim is None else check_integer("value_dim", value_dim, 1)
+    if check_dtype("dtype", dtype) is None or (where := check_device("device", device)) is None:
+        raise TypeError(f"plan needs a dtype and a device; got dtype={dtype}, device={device}")
+    for name, flag in (("bias", bias), ("training", training), ("return_lse", return_lse)):
+        check_flag(name, flag)
+    if batch * max(heads, kv_heads) * max(head_dim, value_dim) * max(math.prod(grid), math.prod(k_grid)) > 2**60:
+        raise ValueError(f"no memory holds such tensors: {batch=}, {heads=}, {head_dim=}, {value_dim=}, {grid=}, {k_grid=}")
+    if tiles is not None and (isinstance(tiles, str) or not isinstance(tiles, Sequence) or len(tiles) != 2):
+        raise TypeError(f"tiles must be a tile of queries and one of keys; got {shown(tiles)}")
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=training)
 
     q = empty(batch, *grid, heads, head_dim)
-    k = empty(batch, *k_grid, kv_heads or heads, head_dim)
-    v = empty(batch, *k_grid, kv_heads or heads, value_dim or head_dim)
+    k = empty(batch, *k_grid, kv_heads, head_dim)
+    v = empty(batch, *k_grid, kv_heads, value_dim)
     table = None
     if bias:
         extents = [pattern.extent(axis, n, len(k_grid)) for axis, n in enumerate(k_grid)]
+        if math.prod(2 * e + 1 for e in extents) > LARGEST:
+            raise ValueError(f"a bias over {pattern!r} on {k_grid} would need too large a table: extents {extents}")
         table = HeadTable(empty(heads, *[2 * e + 1 for e in extents]), pattern)
     with torch.set_grad_enabled(training):
         source = Source(k, v, pattern, bias=table)
         (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
-        plans = [_planned(replace(call, device=torch.device(device)), backend) for _, call in group]
+        plans = [_planned(replace(call, device=where), backend) for _, call in group]
     made = plans[0] if len(plans) == 1 else _joined(plans, pattern)
     return made if tiles is None else replace(made, walk=walk_tiles(pattern, grid, *tiles, k_grid=k_grid))
+
+
+def _grid(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    grid = check_grid(name, value)
+    if math.prod(grid) > MOST_TOKENS:
+        raise ValueError(f"{name} must have at most {MOST_TOKENS:,} tokens in all to be planned; got {grid}")
+    return grid
 
 
 def _planned(call: Call, backend: str = "auto") -> Plan:

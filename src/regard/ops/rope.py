@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, INTEGERS, check_number, check_tensor
 from .patterns import grid_positions
 
 
@@ -29,11 +30,25 @@ def rope(x: Tensor, positions: Tensor | None = None, *, base: float = 10000.0) -
     Raises:
         ValueError: a head_dim that does not divide, positions that do not fit the grid.
     """
+    check_tensor("x", x, what="(batch, *grid, heads, head_dim)")
+    if x.ndim < 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (batch, *grid, heads, head_dim), no axis empty but the batch; got {tuple(x.shape)}")
+    if positions is not None:
+        check_tensor("positions", positions, (*FLOATS, *INTEGERS), device=x.device, what="([batch,] *grid, rank)")
+    base = check_number("base", base)
+    if base <= 0.0:
+        raise ValueError(f"base must be above 0; got {base}")
     grid = tuple(x.shape[1:-2])
     if positions is None:
         positions = grid_positions(grid, device=x.device).reshape(*grid, len(grid))
-    if tuple(positions.shape[-1 - len(grid) : -1]) != grid or positions.ndim - len(grid) not in (1, 2):
+    if (
+        0 in positions.shape[-1:]
+        or tuple(positions.shape[-1 - len(grid) : -1]) != grid
+        or positions.ndim - len(grid) not in (1, 2)
+    ):
         raise ValueError(f"positions must be ([batch,] *grid, rank) for the grid {grid}; got {tuple(positions.shape)}")
+    if positions.ndim > len(grid) + 1 and positions.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"positions must be of 1 or {x.shape[0]} batch items; got {tuple(positions.shape)}")
     rank, width = positions.shape[-1], x.shape[-1]
     if width % (2 * rank):
         raise ValueError(f"head_dim must be a multiple of {2 * rank} to rotate {rank} axes; got {width}")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..checks import check_grid, check_sizes
 from .patterns import Pattern, Separable, as_pattern
 
 Tile = int | Sequence[int]
@@ -88,7 +89,8 @@ def walk_tiles(
     Raises:
         ValueError: a pattern of another kind; tiles that are not positive, or not of one number or one per axis.
     """
-    pattern, grid, k_grid = as_pattern(pattern), tuple(grid), tuple(k_grid or grid)
+    pattern, grid = as_pattern(pattern), check_grid("grid", grid)
+    k_grid = grid if k_grid is None else check_grid("k_grid", k_grid)
     if not isinstance(pattern, Separable) or (pattern.flat and len(grid) != len(k_grid)):
         raise ValueError(f"expected a pattern of one window per axis, such as Neighborhood(7); got {pattern!r}")
     pattern.check(grid, k_grid)
@@ -115,8 +117,9 @@ def walk_tiles(
 
 
 def _sizes(name: str, tile: Tile, rank: int) -> tuple[int, ...]:
-    sizes = (tile,) if isinstance(tile, int) else tuple(tile)
-    if len(sizes) not in (1, rank) or min(sizes) < 1:
+    checked = check_sizes(name, tile)
+    sizes = checked if isinstance(checked, tuple) else (checked,)
+    if len(sizes) not in (1, rank):
         raise ValueError(f"{name} must be one positive number, or one per axis of {rank}; got {tile!r}")
     return sizes
 

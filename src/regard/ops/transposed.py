@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_tensor, check_tensors
 from .attention import attend
 from .backends.reference import exactly
-from .call import Source
+from .call import Source, check_scale
 from .observe import WATCHERS, Weighing, parts_of
-from .patterns import Axis, Clusters, Dense, Grid, Pattern, Window, as_pattern
+from .patterns import Axis, Clusters, Dense, Grid, Pattern, PerHead, Window, as_pattern
 from .weights import CHUNK, attend_weights
 
 
@@ -58,17 +59,21 @@ def attend_transposed(
     Raises:
         ValueError: shapes that do not go together; a pattern on two different grids; an lse of another shape.
     """
-    if q.shape[:-1] != v.shape[:-1] or q.shape[-2:] != k.shape[-2:] or q.shape[0] != k.shape[0]:
+    check_tensors(q=q, k=k, v=v, mixed=True)
+    if q.ndim < 4 or k.ndim < 4 or q.shape[:-1] != v.shape[:-1] or q.shape[-2:] != k.shape[-2:] or q.shape[0] != k.shape[0]:
         raise ValueError(
             "v must stand on the queries and k must have the heads of q; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     pattern = as_pattern(pattern)
+    if isinstance(pattern, PerHead) and pattern.heads != q.shape[-2]:
+        raise ValueError(f"{pattern!r} is for {pattern.heads} heads; q has {q.shape[-2]}")
     q_grid, k_grid = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
     if q_grid != k_grid and not isinstance(pattern, (Dense, Clusters)):
         raise ValueError(f"{pattern!r} sends values within one grid; got queries {q_grid}, keys {k_grid}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if lse is not None and lse.shape != q.shape[:-1]:
+    scale = check_scale(q, scale)
+    check_number("dropout", dropout, 0.0, below=1.0)
+    if lse is not None and check_tensor("lse", lse, device=q.device).shape != q.shape[:-1]:
         raise ValueError(f"lse must be one number per query and head, {tuple(q.shape[:-1])}; got {tuple(lse.shape)}")
     if not WATCHERS:
         return _send(q, k, v, pattern, scale, lse, dropout, backend)
@@ -97,7 +102,7 @@ def _weighing(q: Tensor, k: Tensor, pattern: Pattern, scale: float) -> Weighing:
 
     def weights(rows: Tensor) -> Tensor:
         every = torch.arange(q.shape[1:-2].numel(), device=q.device)
-        step = max(1, CHUNK // (q.shape[0] * q.shape[-2] * k.shape[1:-2].numel()))
+        step = max(1, CHUNK // max(1, q.shape[0] * q.shape[-2] * k.shape[1:-2].numel()))
         sent = [
             attend_weights(q, [Source(k, k, pattern)], rows=chunk, scale=scale)[0].flatten(3)[..., rows]
             for chunk in every.split(step)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_range, check_tensor
+
 
 def dependency_tree(weights: Tensor) -> Tensor:
     """Make one tree of all tokens from how much each sends to each.
@@ -31,6 +33,7 @@ def dependency_tree(weights: Tensor) -> Tensor:
     Raises:
         ValueError: weights that are no square matrices.
     """
+    check_tensor("weights", weights, what="(batch, n, n)")
     if weights.ndim != 3 or weights.shape[1] != weights.shape[2] or not weights.shape[1]:
         raise ValueError(f"expected weights (batch, n, n) with n of at least 1; got {tuple(weights.shape)}")
     weights = weights.detach()
@@ -57,7 +60,14 @@ def subtrees(parents: Tensor) -> Tensor:
 
     Args:
         parents: ``(batch, n)`` indices of a forest; a root is its own parent.
+
+    Raises:
+        TypeError, ValueError: no integers, or of another shape.
     """
+    check_tensor("parents", parents, (torch.int64,), what="(batch, n)")
+    if parents.ndim != 2:
+        raise ValueError(f"parents must be (batch, n); got {tuple(parents.shape)}")
+    check_range("parents", parents, 0, parents.shape[1], "tokens")
     n = parents.shape[1]
     index = torch.arange(n, device=parents.device)
     way = torch.zeros(*parents.shape, n, dtype=torch.bool, device=parents.device)

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import INTEGERS, LARGEST, check_choice, check_integer, check_tensor, shown
 from .backends import reference
-from .call import Call, Source, break_up
+from .call import Call, Source, break_up, check_sink
 from .merging import shares_of
 from .observe import Record
 
 CHUNK = 1 << 24
 """Weights computed at once."""
 
-REDUCTIONS = (None, "heads", "rows")
+REDUCTIONS = ("heads", "rows")
 
 
 def attend_weights(
@@ -50,12 +51,13 @@ def attend_weights(
     Raises:
         ValueError: as in :func:`regard.attend`; rows outside the query grid; an unknown reduction.
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {REDUCTIONS}; got {reduce!r}")
+    if reduce is not None:
+        check_choice("reduce", reduce, REDUCTIONS)
     broken = break_up(q, sources, scale=scale, q_start=q_start, dropout=0.0, need_lse=True)
+    check_sink(q, sink)
     chosen = _rows(q, rows)
     keys = sum(call.keys for group in broken for _, call in group)
-    step = max(1, CHUNK // (q.shape[0] * q.shape[-2] * keys))
+    step = max(1, CHUNK // max(1, q.shape[0] * q.shape[-2] * keys))
     parts = [_reduced(_weights(q, broken, chunk, sink), reduce) for chunk in chosen.split(step)]
     if reduce == "rows":
         totals = [sum(part[1:], part[0]) / len(chosen) for part in zip(*parts, strict=True)]
@@ -75,7 +77,13 @@ def _rows(q: Tensor, rows: Tensor | Sequence[int] | None) -> Tensor:
     queries = q.shape[1:-2].numel()
     if rows is None:
         return torch.arange(queries, device=q.device)
-    chosen = torch.as_tensor(rows, dtype=torch.long, device=q.device)
+    if isinstance(rows, Tensor):
+        chosen = check_tensor("rows", rows, INTEGERS, what="of indices of queries").to(q.device, torch.long)
+    elif isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
+        raise TypeError(f"rows must be indices of queries; got {shown(rows)}")
+    else:
+        indices = [check_integer(f"rows[{i}]", row, -LARGEST) for i, row in enumerate(rows)]
+        chosen = torch.tensor(indices, dtype=torch.long, device=q.device)
     if chosen.ndim != 1 or not len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= queries:
         raise ValueError(f"rows must be indices of queries, at least one, each in 0..{queries - 1}; got {rows!r}")
     return chosen

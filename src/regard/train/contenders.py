@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..layers.mixers import mixer_options
+from ..layers.mixers import mixer_class
 from ..models.builder import MixerChoice
+from ..names import check_options, options_of
 
 LABELS: dict[str, str] = {
     "multi_head": "dense",
@@ -106,7 +107,8 @@ def _options(text: str, arguments: str) -> dict[str, Any]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    allowed = mixer_options(name)
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
-        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
+    constructor = mixer_class(name)
+    ours = ("dim", "heads", "device", "dtype")
+    allowed = [option for option in options_of(constructor) if option not in ours]
+    if not getattr(constructor, "takes_any", False):
+        check_options("mixer", name, options, allowed)

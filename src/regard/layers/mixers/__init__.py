@@ -26,7 +26,7 @@ from .multi_head import MultiHeadAttention
 from .neighborhood import NeighborhoodAttention
 from .outlook import OutlookAttention
 from .partial_channel import PartialChannelAttention
-from .registry import create_mixer, list_mixers, mixer_class, mixer_options, register_mixer
+from .registry import create_mixer, list_mixers, mixer_class, register_mixer
 from .reversed import ReversedAttention
 from .sparsifiner import SparsifinerAttention, distillation_loss, reconstruction_loss
 from .strip import StripAttention
@@ -68,7 +68,6 @@ __all__ = [
     "distillation_loss",
     "list_mixers",
     "mixer_class",
-    "mixer_options",
     "reconstruction_loss",
     "register_mixer",
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.call import HeadTable
@@ -32,6 +33,7 @@ class LengthScale(nn.Module):
     Source: Shi, TransNeXt, arXiv:2311.17132.
     """
 
+    @checked()
     def __init__(self, heads: int, head_dim: int, *, device=None, dtype=None) -> None:
         super().__init__()
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, head_dim, device=device, dtype=dtype))
@@ -57,6 +59,9 @@ class CosineAttention(AttentionMixer):
     Source: Shi, TransNeXt (last stage), arXiv:2311.17132.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @checked()
     def __init__(self, dim: int, heads: int, *, trained_grid: tuple[int, int] | None = None, **projections) -> None:
         super().__init__(dim, heads, scale=1.0, **projections)
         self.trained_grid = trained_grid
@@ -94,6 +99,9 @@ class AggregatedAttention(SplitMixer):
         ValueError: an even window; input that is not a map of the right width; a context on another grid.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @checked()
     def __init__(
         self,
         dim: int,

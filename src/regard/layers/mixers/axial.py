@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...checks import LARGEST, checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.patterns import grid_positions
@@ -33,6 +34,7 @@ class AxialAttention(AttentionMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked(axes=-LARGEST)
     def __init__(self, dim: int, heads: int, axes: Sequence[int] | None = None, *, causal: bool = False, **projections) -> None:
         super().__init__(dim, heads, **projections)
         if axes is not None and (not axes or len(set(axes)) != len(axes)):

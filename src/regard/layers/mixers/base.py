@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_integer, check_number, check_tensor
+from ...checks import LARGEST, check_choice, check_integer, check_number, check_tensor, checked
 from ...ops import Source, attend
+from ...ops.dispatch import BACKENDS
 from ...ops.patterns import Dense, Ints, Pattern
 from ..linear import linear, linear_part
 from ..positions import OffsetBias, RotaryPositions
@@ -41,6 +42,7 @@ class AttentionMixer(nn.Module):
     rank: int | None = None
     """Grid axes that a mechanism is made for; None for any number."""
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -74,10 +76,17 @@ class AttentionMixer(nn.Module):
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
         self.head_dim = head_dim or dim // heads
+        check_number("attn_drop", attn_drop, 0.0, below=1.0)
+        check_number("proj_drop", proj_drop, 0.0, below=1.0)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.value_dim = value_dim or self.head_dim
         self.scale, self.attn_drop, self.backend = scale, attn_drop, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = (heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.value_dim)
+        if dim * sum(self.widths) > LARGEST:
+            raise ValueError(
+                f"the projections would have more than {LARGEST} weights; got {dim=}, {heads=}, widths {self.widths}"
+            )
         self.add_projections(qkv_bias, factory)
         self.rope = RotaryPositions() if rope else None
         self.proj: nn.Module = nn.Linear(heads * self.value_dim, dim, bias=proj_bias, **factory)
@@ -218,6 +227,7 @@ class PatternMixer(AttentionMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked(rank=0)
     def __init__(
         self,
         dim: int,
@@ -242,19 +252,20 @@ def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = N
 
     Raises:
         TypeError: no tensor, or one that is not dense or not floating point.
-        ValueError: another width, rank, batch size or dtype.
+        ValueError: another width, rank, batch size, dtype or device, or a grid without tokens.
     """
     axes = "*grid" if rank is None else f"{rank} grid axes"
     for name, tokens, shape, count in (("x", x, axes, rank), ("extra", extra, "n", 1), ("context", context, axes, rank)):
         if tokens is None and name != "x":
             continue
-        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})")
-        if tokens.ndim < 3 or tokens.shape[-1] != dim or (count is not None and tokens.ndim != count + 2):
-            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
-        if tokens.shape[0] != x.shape[0]:
-            raise ValueError(f"expected {name} of as many images as x, {x.shape[0]}; got {name} {tuple(tokens.shape)}")
-        if tokens.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"expected {name} in the dtype of x, {x.dtype}; got {tokens.dtype}")
+        there = check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
+        empty = name != "extra" and 0 in there.shape[1:]
+        if there.ndim < 3 or there.shape[-1] != dim or (count is not None and there.ndim != count + 2) or empty:
+            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(there.shape)}")
+        if there.shape[0] != x.shape[0]:
+            raise ValueError(f"expected {name} of as many images as x, {x.shape[0]}; got {name} {tuple(there.shape)}")
+        if there.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"expected {name} in the dtype of x, {x.dtype}; got {there.dtype}")
 
 
 def check_sizes_of(dim: int, heads: int) -> None:
@@ -265,16 +276,9 @@ def check_sizes_of(dim: int, heads: int) -> None:
         raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """The value, where it is allowed; else ``ValueError``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}; got {value!r}")
-    return value
-
-
 def per_axis(value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
     """A number, or one per axis, as one per axis of a grid."""
-    values = value if isinstance(value, tuple) else (value,) * len(grid)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
     if len(values) != len(grid):
         raise ValueError(f"expected a number or one per axis of the grid {tuple(grid)}; got {value}")
     return values

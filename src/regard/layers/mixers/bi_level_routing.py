@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...checks import check_choice, checked
 from ...ops import Source, route
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
 from ..positions import ValueConv
-from .base import AttentionMixer, check_choice
+from .base import AttentionMixer
 from .registry import register_mixer
 
 
@@ -39,6 +40,7 @@ class BiLevelRoutingAttention(AttentionMixer):
             another rank; a context on another grid.
     """
 
+    @checked(topk=-1)
     def __init__(
         self,
         dim: int,

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ...checks import check_choice, checked
 from ...ops import attend
 from ...ops.transposed import attend_transposed
 from ..linear import linear
-from .base import check_choice
 
 
 class Link(NamedTuple):
@@ -43,6 +43,7 @@ class BidirectionalAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads``; an unknown ``reuse``; tokens of another width.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,

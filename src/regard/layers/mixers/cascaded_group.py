@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import attend
 from ...ops import patterns as P
 from ...ops.call import HeadTable
 from ..conv_norm import ConvNorm
 from ..positions import MirroredBias
+from .base import check_tokens
 
 
 class CascadedGroupAttention(nn.Module):
@@ -39,6 +41,7 @@ class CascadedGroupAttention(nn.Module):
         ValueError: heads that do not divide ``dim``, or too few kernels.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -71,7 +74,8 @@ class CascadedGroupAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens ``(batch, rows, columns, dim)``."""
-        if x.ndim != 4 or x.shape[-1] != self.dim:
+        check_tokens(self.dim, None, x)
+        if x.ndim != 4:
             raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         rows, columns = x.shape[1:3]
         bottom, right = (-n % min(self.window_size, n) for n in (rows, columns))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops.channel import channel_attend
 from ..linear import linear, linear_part
 from .base import check_sizes_of, check_tokens
@@ -34,6 +35,7 @@ class ChannelGroupAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads``; input of another width.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -65,7 +67,7 @@ class ChannelGroupAttention(nn.Module):
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix channels; arguments and results as for :class:`AttentionMixer`."""
         check_tokens(self.dim, None, x, extra, context)
-        count = x[0, ..., 0].numel()
+        count = x.shape[1:-1].numel()
         beside = [] if extra is None else [extra]
         tokens = torch.cat([x.flatten(1, -2), *beside], 1)
         q, k, v = self.project(tokens, tokens if context is None else torch.cat([context.flatten(1, -2), *beside], 1))

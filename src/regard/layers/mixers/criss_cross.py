@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from .base import AttentionMixer
@@ -33,6 +34,9 @@ class CrissCrossAttention(AttentionMixer):
         **projections: see :class:`AttentionMixer`; there is no projection of the output.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("head_dim", "value_dim")
+
+    @checked()
     def __init__(
         self, dim: int, heads: int = 1, *, recurrence: int = 2, reduction: int = 8, scale: float = 1.0, **projections
     ) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ..conv import convolve_tokens, depthwise
 from ..linear import linear
 from ..mlps import MLP, MixerMLP
 from ..pools import PoolKV
-from .base import SplitMixer
+from .base import SplitMixer, check_tokens
 from .multi_head import MultiHeadAttention
 
 
@@ -30,6 +31,7 @@ class SeparableConv(nn.Module):
         norm: class of the norm.
     """
 
+    @checked()
     def __init__(
         self, dim: int, kernel_size: int = 3, *, norm: Callable[..., nn.Module] = nn.LayerNorm, device=None, dtype=None
     ) -> None:
@@ -65,6 +67,7 @@ class DualTokenAttention(nn.Module):
         ValueError: maps or global tokens of another width or size.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -109,7 +112,8 @@ class DualTokenAttention(nn.Module):
         Returns:
             A tensor like each.
         """
-        if x.ndim != 4 or x.shape[-1] != self.dim or tokens.shape != (x.shape[0], self.size, self.size, self.dim):
+        check_tokens(self.dim, None, x, context=tokens)
+        if x.ndim != 4 or tokens.shape != (x.shape[0], self.size, self.size, self.dim):
             raise ValueError(
                 f"expected x (batch, rows, columns, {self.dim}) and tokens (batch, {self.size}, {self.size}, {self.dim}); "
                 f"got {tuple(x.shape)} and {tuple(tokens.shape)}"

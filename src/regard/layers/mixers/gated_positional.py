@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops.call import HeadTable
 from ...ops.patterns import Dense, grid_positions
@@ -39,6 +40,7 @@ class GatedPositionalAttention(AttentionMixer):
         ValueError: keys on another grid than the queries; a grid of another rank.
     """
 
+    @checked()
     def __init__(
         self, dim: int, heads: int, *, strength: float = 1.0, rank: int = 2, qkv_bias: bool = False, **projections
     ) -> None:

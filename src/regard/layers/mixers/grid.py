@@ -5,6 +5,7 @@ Cost: linear in tokens, G^2 keys per query. Source: Tu et al., MaxViT, arXiv:220
 
 from __future__ import annotations
 
+from ...checks import checked
 from ...ops import patterns as P
 from .base import PatternMixer
 from .registry import register_mixer
@@ -22,6 +23,7 @@ class GridAttention(PatternMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked()
     def __init__(
         self, dim: int, heads: int, grid_size: P.Ints = 7, *, relative_bias: bool = True, rank: int = 2, **projections
     ) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.footprint import Footprint
@@ -36,6 +37,7 @@ class HaloAttention(AttentionMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked(halo_size=0)
     def __init__(
         self,
         dim: int,

@@ -7,17 +7,18 @@ Cost: s^2 + N / s^2 keys per query. Source: Pan et al., LITv2, arXiv:2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_choice, checked
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
 from ..pools import PoolKV
-from .base import SplitMixer, check_choice, check_sizes_of, check_tokens
+from .base import AttentionMixer, SplitMixer, check_sizes_of, check_tokens
 from .registry import register_mixer
 from .window import WindowAttention
 
@@ -31,6 +32,7 @@ class PooledAttention(SplitMixer):
         **projections: see :class:`regard.layers.mixers.AttentionMixer`.
     """
 
+    @checked()
     def __init__(self, dim: int, heads: int, window_size: int, **projections) -> None:
         super().__init__(dim, heads, **projections)
         self.window_size = window_size
@@ -58,6 +60,10 @@ class HiLoAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads``; an alpha outside 0 to 1; an unknown pad.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("head_dim",)
+    hands_to: ClassVar[type] = AttentionMixer
+
+    @checked()
     def __init__(
         self, dim: int, heads: int, window_size: int = 2, alpha: float = 0.5, *, pad: str = "mask", rank: int = 2, **projections
     ) -> None:

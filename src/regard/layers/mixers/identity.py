@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...checks import checked
 from .base import check_sizes_of, check_tokens
 from .registry import register_mixer
 
@@ -23,7 +24,9 @@ class IdentityMixer(nn.Module):
     """
 
     joins_extra = False
+    takes_any = True
 
+    @checked()
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:
         super().__init__()
         check_sizes_of(dim, heads)

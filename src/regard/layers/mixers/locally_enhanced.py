@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...checks import checked
 from ..positions import ValueConv
 from .multi_head import MultiHeadAttention
 from .registry import register_mixer
@@ -27,6 +28,7 @@ class LocallyEnhancedAttention(MultiHeadAttention):
         ValueError: heads that are not ``dim`` wide together; a kernel below 1; a grid of another rank.
     """
 
+    @checked()
     def __init__(
         self, dim: int, heads: int = 8, kernel_size: int = 5, *, rank: int = 2, qkv_bias: bool = False, **projections
     ) -> None:

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_choice, checked
 from ...ops import Source
 from ...ops.mixture import Mixture, balance_loss, chosen_attend, mixture
 from ...ops.observe import OBSERVERS
 from ..linear import linear
 from .aggregated import AggregatedAttention, CosineAttention
-from .base import AttentionMixer, check_choice
+from .base import AttentionMixer
 from .multi_head import MultiHeadAttention
 from .registry import register_mixer
 
@@ -56,6 +57,7 @@ class HeadMixture(AttentionMixer):
 
     unit_queries: ClassVar[bool] = False
 
+    @checked(shared=0, routed=0)
     def __init__(
         self,
         dim: int,

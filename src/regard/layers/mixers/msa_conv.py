@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...checks import LARGEST, checked
 from ...ops import Source
 from ...ops import patterns as P
 from ..blocks import DropPath
@@ -29,6 +30,7 @@ class TokenConv(nn.Module):
         rank: number of grid axes.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -78,6 +80,7 @@ class MSAConv(AttentionMixer):
         ValueError: an even kernel; sizes below 1; heads that are not ``dim`` wide together; another rank.
     """
 
+    @checked(shift=-LARGEST)
     def __init__(
         self,
         dim: int,

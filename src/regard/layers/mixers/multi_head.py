@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...checks import checked
 from ...ops import patterns as P
 from .base import PatternMixer
 from .registry import register_mixer
@@ -22,6 +23,7 @@ class MultiHeadAttention(PatternMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked()
     def __init__(self, dim: int, heads: int, *, grid: Sequence[int] | None = None, **projections) -> None:
         relative = grid is not None
         super().__init__(dim, heads, P.Dense(), relative_bias=relative, rank=len(grid or ()), grid=grid, **projections)

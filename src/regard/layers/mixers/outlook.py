@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
 from ..linear import linear
@@ -42,6 +43,7 @@ class OutlookAttention(nn.Module):
 
     joins_extra = False
 
+    @checked()
     def __init__(
         self,
         dim: int,

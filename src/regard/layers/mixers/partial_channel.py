@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import attend
 from ..conv_norm import ConvNorm
+from .base import check_tokens
 
 
 class PartialChannelAttention(nn.Module):
@@ -32,6 +34,7 @@ class PartialChannelAttention(nn.Module):
         ValueError: a part that the heads do not divide, or larger than ``dim``.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -55,7 +58,8 @@ class PartialChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens ``(batch, rows, columns, dim)``."""
-        if x.ndim != 4 or x.shape[-1] != self.dim:
+        check_tokens(self.dim, None, x)
+        if x.ndim != 4:
             raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         mixed, rest = x.movedim(-1, 1).split((self.part, self.dim - self.part), 1)
         width = self.heads * self.head_dim

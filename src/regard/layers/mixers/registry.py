@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 from collections.abc import Callable
 
 from torch import nn
 
-from ...caches import cached
-from ...checks import check_integer
-from ...names import unknown_name
-from .base import AttentionMixer
+from ...checks import check_text
+from ...names import check_options, options_of, unknown_name
 
 _MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -38,37 +35,23 @@ def create_mixer(name: str, **arguments) -> nn.Module:
     Tokens outside the grid see its tokens, but for classes whose ``joins_extra`` is False.
 
     Raises:
-        TypeError: ``dim`` or ``heads`` that is no whole number, or missing.
-        ValueError: unknown name, with the nearest matches; unknown option, with those there are; values out of bounds.
+        ValueError: unknown name or option, with the nearest matches; an option that is missing or out of bounds.
+        TypeError: an option of another kind.
     """
-    make = mixer_class(name)
-    for size in ("dim", "heads"):
-        if size in arguments:
-            check_integer(size, arguments[size], 1)
-    allowed = mixer_options(name)
-    unknown = [option for option in arguments if option not in (*allowed, "dim", "heads", "device", "dtype")]
-    if unknown:
-        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
-    return make(**arguments)
-
-
-@cached(256)
-def mixer_options(name: str) -> tuple[str, ...]:
-    """What a mixer takes besides ``dim``, ``heads``, ``device`` and ``dtype``: its own options, then those of its bases."""
-    found: list[str] = []
-    of = mixer_class(name)
-    for cls in (*inspect.getmro(of), *inspect.getmro(AttentionMixer)):  # type: ignore[arg-type]  # registered mixers are classes
-        if "__init__" not in vars(cls) or cls is nn.Module:
-            continue
-        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break  # it hands nothing on
-    return tuple(each for each in dict.fromkeys(found) if each not in ("self", "dim", "heads", "pattern", "device", "dtype"))
+    constructor = mixer_class(name)
+    options = options_of(constructor)
+    if not getattr(constructor, "takes_any", False):
+        last = [option for option in ("dim", "heads", "device", "dtype") if option in options]
+        check_options("mixer", name, arguments, [*(option for option in options if option not in last), *last])
+    missing = [o for o, p in options.items() if p.default is p.empty and o not in arguments]
+    if missing:
+        raise ValueError(f"mixer {name} needs {', '.join(missing)}; got {', '.join(arguments) or 'no options'}")
+    return constructor(**arguments)
 
 
 def mixer_class(name: str) -> Callable[..., nn.Module]:
     """The constructor behind a mixer's name."""
+    check_text("name", name)
     if name not in _MIXERS:
         raise unknown_name("mixer", name, _MIXERS, "regard.list_mixers() or `regard mixers`")
     return _MIXERS[name]
@@ -76,4 +59,4 @@ def mixer_class(name: str) -> Callable[..., nn.Module]:
 
 def list_mixers(pattern: str = "*") -> list[str]:
     """Names of the mixers that match a shell-style pattern."""
-    return sorted(fnmatch.filter(_MIXERS, pattern))
+    return sorted(fnmatch.filter(_MIXERS, check_text("pattern", pattern)))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
@@ -57,6 +58,7 @@ class ReversedAttention(AttentionMixer):
         ValueError: a temperature that is not positive.
     """
 
+    @checked()
     def __init__(self, dim: int, heads: int, *, temperature: float = 0.1, hidden: int | None = None, **projections) -> None:
         super().__init__(dim, heads, **projections)
         if not temperature > 0.0:

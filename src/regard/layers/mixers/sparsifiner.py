@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
@@ -40,6 +41,7 @@ class ConnectivityPredictor(nn.Module):
         basis_threshold: entries of ``up`` up to this size count as zero.
     """
 
+    @checked(prefix=0)
     def __init__(
         self,
         head_dim: int,
@@ -121,6 +123,7 @@ class SparsifinerAttention(MultiHeadAttention):
         ValueError: a share outside (0, 1]; another number of tokens outside the grid; a context.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,

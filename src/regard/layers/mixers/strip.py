@@ -7,16 +7,16 @@ Cost: N^2 (s heads + C) / r^2 multiply-adds. Source: Xu et al., S2AFormer, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...checks import check_integer
+from ...checks import check_choice, check_integer, checked
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
 from ..pools import PoolKV
-from .base import SplitMixer, check_choice, check_sizes_of
+from .base import SplitMixer, check_sizes_of
 from .registry import register_mixer
 
 
@@ -36,6 +36,9 @@ class StripAttention(SplitMixer):
         ValueError: ``dim`` is not a multiple of ``heads``; a strip or a ratio below 1; an unknown pool.
     """
 
+    settled: ClassVar[tuple[str, ...]] = ("head_dim", "value_dim")
+
+    @checked()
     def __init__(
         self,
         dim: int,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...checks import check_choice, checked
 from ...ops import patterns as P
-from .base import PatternMixer, check_choice, per_axis
+from .base import PatternMixer, per_axis
 from .registry import register_mixer
 
 
@@ -27,6 +28,7 @@ class WindowAttention(PatternMixer):
         **projections: see :class:`AttentionMixer`.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_grid, check_sizes, shown
+from ...checks import check_device, check_grid, check_sizes, shown
 
 Ints = int | tuple[int, ...]
 
@@ -83,6 +83,12 @@ class Pattern:
         if rank is not None and rank != len(k_grid):
             raise ValueError(f"{self!r} has {rank} axes but the key grid is {tuple(k_grid)}")
 
+    def check_ranks(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> None:
+        """Raise ``ValueError`` where the pattern needs grids of one rank and these are not."""
+        members = [pattern for pattern, _ in getattr(self, "groups", ())] or [self]
+        if len(q_grid) != len(k_grid) and not all(member.flat for member in members):
+            raise ValueError(f"{self!r} needs grids of one rank; got queries {tuple(q_grid)}, keys {tuple(k_grid)}")
+
     def zero_keys(self, axis: int, length: int, rank: int) -> tuple[int, int]:
         """How many zero keys stand before and after an axis (only for ``border="zero"`` and ``pad="zero"``)."""
         return (0, 0)
@@ -100,6 +106,8 @@ class Pattern:
         Slow and large: the oracle of every test. Tokens are in row-major order. Zero keys outside the grid do not appear.
         """
         q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
+        device = check_device("device", device)
+        self.check_ranks(q_grid, k_grid)
         self.check(q_grid, k_grid)
         q_pos = grid_positions(q_grid, q_start, device)[:, None]
         k_pos = grid_positions(k_grid, None, device)[None, :]
@@ -110,6 +118,7 @@ class Pattern:
     ) -> Tensor:
         """Number of keys each query sees: ``(*q_grid)``, or ``(batch, heads, *q_grid)`` where they may differ."""
         q_grid, k_grid, q_start = check_grids(q_grid, k_grid, q_start)
+        self.check_ranks(q_grid, k_grid)
         self.check(q_grid, k_grid)
         k_pos = grid_positions(k_grid)[None]
         rows = max(1, (1 << 26) // len(k_pos[0]))  # the whole mask may be larger than the memory

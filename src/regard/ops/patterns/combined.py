@@ -195,7 +195,7 @@ class PerHead(Pattern):
 
 def _common_rank(pattern: Pattern, members: Iterable[Pattern]) -> int | None:
     """The grid rank that all members which have one are made for."""
-    ranks = {rank for member in members if (rank := member.rank()) is not None}
+    ranks = {rank for rank in [member.rank() for member in members] if rank is not None}
     if len(ranks) > 1:
         raise ValueError(f"{pattern!r} joins patterns for grids of {' and '.join(map(str, sorted(ranks)))} axes")
     return ranks.pop() if ranks else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ...checks import INTEGERS, check_sizes, check_tensor, shown
+from ...checks import INTEGERS, check_range, check_sizes, check_tensor, shown
 from .base import Ints, Pattern, check_grids, grid_positions, per_axis, positional
 
 
@@ -75,7 +75,7 @@ class Blocks(_Routed):
                 f"table lists {self.table.shape[-2]} query blocks, but grid {tuple(q_grid)} in blocks of "
                 f"{self.block} has {blocks}"
             )
-        _check_range(f"the table of {self!r}", self.table, "key blocks", math.prod(self.block_grid(k_grid)))
+        check_range(f"the table of {self!r}", self.table, -1, math.prod(self.block_grid(k_grid)), "key blocks")
 
     def table4(self) -> Tensor:
         """The table as ``(batch, heads, query_blocks, listed)``."""
@@ -135,7 +135,7 @@ class Tokens(Blocks):
         queries = math.prod(q_grid)
         if self.table.shape[-2] != queries:
             raise ValueError(f"table lists keys for {self.table.shape[-2]} queries; the grid {tuple(q_grid)} has {queries}")
-        _check_range(f"the table of {self!r}", self.table, "keys", math.prod(k_grid))
+        check_range(f"the table of {self!r}", self.table, -1, math.prod(k_grid), "keys")
 
     def __repr__(self):
         return f"Tokens(table{tuple(self.table.shape)})"
@@ -196,21 +196,6 @@ def _indices(name: str, value: object, ranks: tuple[int, ...], shape: str) -> Te
     if tensor.ndim not in ranks:
         raise ValueError(f"{name} must be integers {shape}; got {shown(tensor)}")
     return tensor if tensor.dtype == torch.int64 else tensor.long()
-
-
-def _check_range(name: str, table: Tensor, what: str, count: int) -> None:
-    """Check that the entries of a table are -1 or an index below ``count``, where they can be read without waiting.
-
-    They cannot while a graph is traced or under a transform, and meta tensors have none; on another device than the CPU the
-    program would have to wait for them. Backends for which a wrong entry is a wrong address look themselves.
-    """
-    plain = table.device.type == "cpu" and type(table) in (Tensor, torch.nn.Parameter)
-    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not table.numel():
-        return
-    low, high = map(int, table.aminmax())
-    if low < -1 or high >= count:
-        wrong = low if low < -1 else high
-        raise ValueError(f"{name} must list {what} from 0 to {count - 1}, or -1 for none; got {wrong}")
 
 
 def leaves(pattern: Pattern) -> Iterator[Pattern]:

@@ -74,7 +74,7 @@ class Causal(Separable):
     def check(self, q_grid, k_grid):
         if len(q_grid) != len(k_grid) and 1 not in (len(q_grid), len(k_grid)):
             raise ValueError(
-                f"{self!r} needs grids of one rank, or one that is a sequence; got queries {tuple(q_grid)}, keys {tuple(k_grid)}"
+                f"{self!r} needs grids of one rank, or a sequence; got queries {tuple(q_grid)}, keys {tuple(k_grid)}"
             )
 
     def degree(self, q_grid, k_grid=None, q_start=None):

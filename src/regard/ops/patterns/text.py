@@ -7,6 +7,7 @@ import inspect
 import itertools
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ def _make(constructor: type[Pattern], name: str, call: ast.Call) -> Pattern:
     return constructor(**given)
 
 
-def _value(node: ast.expr) -> object:
+def _value(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
