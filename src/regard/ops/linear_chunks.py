@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
+from .linear_norms import inverse, steady
 from .linear_spans import (
     ACTIVATIONS,
     Span,
@@ -33,7 +34,6 @@ from .linear_spans import (
     matmul,
     matmul_added,
     product_dtype,
-    readable,
     room_for,
     rows_dot,
     rows_times,
@@ -42,10 +42,6 @@ from .linear_spans import (
     wide_dtype,
 )
 from .native import linear as native_linear
-
-STEEP = 2.0**24
-"""How many times the smallest normal number a divisor must be for a gradient: so much larger may the products with its
-reciprocal become, sums of gradients times values, before they overflow."""
 
 
 @torch.library.custom_op("regard::linear_scan", mutates_args=())
@@ -388,29 +384,6 @@ def read(
 def _summed_over(queries: Tensor, total: Tensor) -> Tensor:
     """The sum of the weights of queries ``(items, rows, heads, dim)``: ``(items, rows, heads)``."""
     return rows_dot(queries.to(total.dtype), total)
-
-
-def inverse(mass: Tensor, floor: float | None, eps: float) -> Tensor:
-    """One over the divisor, 0 where that counts as 0: below the smallest normal number of its dtype."""
-    divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
-    return divisor.masked_fill(divisor.abs() < torch.finfo(mass.dtype).tiny, torch.inf).reciprocal()
-
-
-def divided(y: Tensor, mass: Tensor, floor: float | None, eps: float) -> Tensor:
-    """``y`` over the divisor, differentiable: as :func:`inverse`, and without a gradient where :func:`steady` has none."""
-    divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
-    limits = torch.finfo(mass.dtype)
-    size = divisor.detach().abs()
-    steep = size < STEEP * limits.tiny
-    if not readable(steep) or bool(steep.any()):
-        y, divisor = y.where(~steep, y.detach()), divisor.where(~steep, divisor.detach())
-        divisor = divisor.masked_fill(size < limits.tiny, torch.inf)
-    return y / divisor
-
-
-def steady(inverse: Tensor) -> Tensor:
-    """One over the divisor as the gradient takes it: 0 where what is multiplied with it may leave the range of its dtype."""
-    return inverse.masked_fill(inverse.abs() > 1 / (STEEP * torch.finfo(inverse.dtype).tiny), 0.0)
 
 
 @linear_read.register_fake

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_chunks import inverse
+from ..linear_norms import inverse
 
 P = ParamSpec("P")
 R = TypeVar("R")
