@@ -711,16 +711,16 @@ def test_misfits_are_named():
         ("feature must be one of none, relu, elu_plus_one, silu, or a feature map; got 'exp'", {"feature": "exp"}),
         ("backend must be one of auto, naive, chunked, native, triton; got 'flex'", {"backend": "flex"}),
         ("chunk must be a power of two; got 48", {"chunk": 48}),
-        ("valid must be boolean \\(2, 5\\); got torch.float32 \\(2, 5\\)", {"valid": torch.ones(2, 5)}),
-        ("scale must be a number or one per head, 2; got \\(3,\\)", {"scale": torch.ones(3)}),
+        ("valid must be \\(2, 5\\), .*; got a bool tensor \\(2, 4\\)", {"valid": torch.ones(2, 4, dtype=torch.bool)}),
+        ("scale must be a number or one per head, \\(2,\\); got a float32 tensor \\(3,\\)", {"scale": torch.ones(3)}),
         ("log_decay must be one of .*\\(2, 5, 2, 3\\); got \\(3,\\)", {"log_decay": torch.zeros(3), "causal": True}),
         ("in both directions leaves no state", {"log_decay": torch.zeros(2), "return_state": True}),
         ("RandomFeatures depend on later tokens", {"feature": RandomFeatures(torch.zeros(4, 3)), "return_state": True}),
         ("omega must be", {"feature": RandomFeatures(torch.zeros(4, 5))}),
         ("positions below length=4 end before 5 tokens", {"feature": CosineFeatures(4)}),
         ("needs the state of an attention with the same norm", {"norm": "sum", "state": LinearState(random(2, 2, 3, 4))}),
-        ("= \\(2, 2, features, 4\\) in torch.float64; got \\(2, 2, 3, 5\\)", {"state": LinearState(random(2, 2, 3, 5))}),
-        ("= \\(2, 2, features, 4\\) in torch.float64; got \\(3, 2, 3, 4\\)", {"state": LinearState(random(3, 2, 3, 4))}),
+        ("= \\(2, 2, 3, 4\\); got a float64 tensor \\(2, 2, 3, 5\\)", {"state": LinearState(random(2, 2, 3, 5))}),
+        ("= \\(2, 2, 3, 4\\); got a float64 tensor \\(3, 2, 3, 4\\)", {"state": LinearState(random(3, 2, 3, 4))}),
     ]
     for message, options in cases:
         given = {"q": q, "k": k, "v": v, **options}

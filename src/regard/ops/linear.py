@@ -34,6 +34,7 @@ from . import linear_chunks, native
 from .call import _common_dtype
 from .linear_call import Call, LinearState, check_inputs, pose
 from .linear_features import FeatureMap
+from .linear_norms import divided
 from .linear_spans import existing, readable
 from .observe import WATCHERS, Weighing, tell
 from .transforms import PLAIN_ONLY, differentiated
@@ -76,15 +77,18 @@ def linear_attend(
         v: values ``(batch, *k_grid, heads, value_dim)``.
         feature: ``"none"``, ``"relu"``, ``"elu_plus_one"``, ``"silu"``, or one of :mod:`regard.ops.linear_features`.
         norm: ``"none"``; ``"sum"`` divides by the sum of the weights, ``"count"`` by the number of keys seen (not decayed).
-        floor: the least that the sum may be; None leaves it. A query whose divisor is 0 gives 0.
+        floor: the least that the sum may be; None leaves it. A query whose divisor is 0 gives 0; one below the smallest normal
+            number of the dtype of states counts as 0, see :mod:`regard.ops.linear_norms`.
         eps: added to the sum, after the floor. An epsilon relative to the mean weight is ``eps`` times the number of keys.
         causal: whether a query sees the keys up to itself in raster order, or all.
         log_decay: logarithm of the decay, 0 or less, also minus infinity: one per head ``(heads,)``, per feature
             ``(heads, features)``, per token ``(batch, *grid, heads)`` or both ``(batch, *grid, heads, features)``. Without
-            ``causal``, weights decay with the distance in both directions.
+            ``causal``, weights decay with the distance in both directions. Values above 0 and NaN are refused where they can be
+            looked at for nothing: on a CPU, outside of compiled graphs and transforms; elsewhere they are not looked for.
         scale: factor on the output, a number or one per head.
-        valid: ``(batch, *k_grid)``, True where a key exists; the decay of a missing key's token still counts.
-        state: what the keys of earlier calls left, in the dtype of states.
+        valid: ``(batch, *k_grid)``, True where a key exists; the decay of a missing key's token still counts. What stands in k
+            and v for a missing key reaches nothing, NaN and infinity included; its gradients are 0.
+        state: what the keys of earlier calls left, in the dtype of states; every axis must fit.
         start: position of the first token, for feature maps that depend on positions.
         return_state: also return what all keys so far leave to later queries.
         chunk: tokens of a chunk of the causal form, a power of two; the result does not depend on it.
@@ -92,10 +96,13 @@ def linear_attend(
             decays per feature), or ``"naive"``, the definition, which computes all weights.
 
     Returns:
-        ``(batch, *grid, heads, value_dim)`` in the dtype of ``q``, and the :class:`LinearState` if asked for.
+        ``(batch, *grid, heads, value_dim)`` in the dtype of ``q``, and the :class:`LinearState` if asked for. A number that is
+        not finite reaches the outputs of its own head that see it, and no others; but on a GPU, with ``causal``, also those of
+        the tokens before it in its chunk.
 
     Raises:
-        ValueError: shapes or options that do not go together, with what was given and what is allowed.
+        TypeError: another kind of thing than an argument may be, or a tensor of another dtype.
+        ValueError: shapes, devices or options that do not go together, with what was given and what is allowed.
     """
     check_inputs(q=q, k=k, v=v)
     q, k, v = _common_dtype(q, k, v)
@@ -104,10 +111,8 @@ def linear_attend(
     if chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of two; got {chunk}")
     check_choice("backend", backend, BACKENDS)
-    problems: dict[str, Callable[[Call], str | None]] = {
-        "triton": partial(_triton_problem, chunk=chunk),
-        "native": _native_problem,
-    }
+    problems: dict[str, Callable[[Call], str | None]]
+    problems = {"triton": partial(_triton_problem, chunk=chunk), "native": _native_problem}
     if backend in problems and (why := problems[backend](call)) is not None:
         raise ValueError(f"backend {backend!r} cannot run this call: {why}")
     if backend != "naive" and differentiated(*_carriers(call, v)):
@@ -262,7 +267,7 @@ def _nan_where(mask: Tensor, like: Tensor) -> Tensor:
 def _finished(call: Call, y: Tensor) -> Tensor:
     """Divided and scaled sums over weighted values ``(batch, tokens, heads, value_dim)``."""
     if call.norm == "sum":
-        y = linear_chunks.divided(y[..., :-1], y[..., -1:], call.floor, call.eps)
+        y = divided(y[..., :-1], y[..., -1:], call.floor, call.eps)
     elif call.norm == "count":
         y = y / call.counted()
     return y * call.per_head.squeeze(-1) if call.scaled else y
@@ -295,7 +300,7 @@ def linear_weights(
         ``(batch, heads, rows, *k_grid)`` in float32 (float64 for float64). They may be negative and need not sum to 1.
 
     Raises:
-        ValueError: as in :func:`linear_attend`.
+        TypeError, ValueError: as in :func:`linear_attend`; rows that are no indices of queries.
     """
     check_inputs(q=q, k=k)
     q, k = _common_dtype(q, k)
@@ -379,7 +384,7 @@ def _weighed(call: Call, sums: Tensor, mass: Tensor, rows: Tensor) -> Tensor:
     if call.norm == "sum":
         if call.state is not None and call.state.total is not None:
             mass = mass + torch.einsum("bhtd,bhd->bht", _entering(call)[:, :, rows], call.state.total)
-        sums = linear_chunks.divided(sums, mass.unsqueeze(-1), call.floor, call.eps)
+        sums = divided(sums, mass.unsqueeze(-1), call.floor, call.eps)
     elif call.norm == "count":
         count = call.counted().transpose(1, 2)  # (batch, 1, tokens, 1)
         sums = sums / (count[:, :, rows] if call.causal else count)

@@ -116,10 +116,11 @@ def pose(
         raise ValueError(f"scale must be a number or one per head, ({heads},); got {shown(scale)}")
     streams = _streams(feature)
     if state is not None or return_state:
+        asked = "return_state=True" if state is None else "a state"
         if not streams:
-            raise ValueError(f"features of {type(feature).__name__} depend on later tokens and leave no state")
+            raise ValueError(f"features of {type(feature).__name__} depend on later tokens and leave no state; got {asked}")
         if log_decay is not None and not causal:
-            raise ValueError("a decay in both directions leaves no state: later keys change earlier outputs")
+            raise ValueError(f"a decay in both directions leaves no state: later keys change earlier outputs; got {asked}")
     grid = tuple(q.shape[1:-2])
     q, k = q.flatten(1, -3), k.flatten(1, -3)
     activation = "none"
@@ -199,7 +200,7 @@ def _checked_state(state: Any, q: Tensor, norm: str, value_dim: int | None) -> L
         raise TypeError(f"state must be a LinearState (memory, total, keys), as return_state=True gives it; got {shown(state)}")
     memory, total, keys = state
     if (norm == "sum" and total is None) or (norm == "count" and keys is None):
-        raise ValueError(f"norm={norm!r} needs the state of an attention with the same norm")
+        raise ValueError(f"norm={norm!r} needs the state of an attention with the same norm; got {shown(state)}")
     batch, _, heads, width = q.shape
     kinds = (torch.promote_types(q.dtype, torch.float32),)
     shapes = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .counted import register_flop_formula
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
+from .linear_norms import inverse, steady
 from .linear_spans import (
     ACTIVATIONS,
     Span,
@@ -34,7 +35,6 @@ from .linear_spans import (
     matmul,
     matmul_added,
     product_dtype,
-    readable,
     room_for,
     rows_dot,
     rows_times,
@@ -44,10 +44,6 @@ from .linear_spans import (
 )
 from .native import linear as native_linear
 from .transforms import gradients
-
-STEEP = 2.0**24
-"""How many times the smallest normal number a divisor must be for a gradient: so much larger may the products with its
-reciprocal become, sums of gradients times values, before they overflow."""
 
 
 @torch.library.custom_op("regard::linear_scan", mutates_args=())
@@ -408,29 +404,6 @@ def read(
 def _summed_over(queries: Tensor, total: Tensor) -> Tensor:
     """The sum of the weights of queries ``(items, rows, heads, dim)``: ``(items, rows, heads)``."""
     return rows_dot(queries.to(total.dtype), total)
-
-
-def inverse(mass: Tensor, floor: float | None, eps: float) -> Tensor:
-    """One over the divisor, 0 where that counts as 0: below the smallest normal number of its dtype."""
-    divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
-    return divisor.masked_fill(divisor.abs() < torch.finfo(mass.dtype).tiny, torch.inf).reciprocal()
-
-
-def divided(y: Tensor, mass: Tensor, floor: float | None, eps: float) -> Tensor:
-    """``y`` over the divisor, differentiable: as :func:`inverse`, and without a gradient where :func:`steady` has none."""
-    divisor = (mass if floor is None else mass.clamp(min=floor)) + eps
-    limits = torch.finfo(mass.dtype)
-    size = divisor.detach().abs()
-    steep = size < STEEP * limits.tiny
-    if not readable(steep) or bool(steep.any()):
-        y, divisor = y.where(~steep, y.detach()), divisor.where(~steep, divisor.detach())
-        divisor = divisor.masked_fill(size < limits.tiny, torch.inf)
-    return y / divisor
-
-
-def steady(inverse: Tensor) -> Tensor:
-    """One over the divisor as the gradient takes it: 0 where what is multiplied with it may leave the range of its dtype."""
-    return inverse.masked_fill(inverse.abs() > 1 / (STEEP * torch.finfo(inverse.dtype).tiny), 0.0)
 
 
 @linear_read.register_fake

@@ -109,7 +109,9 @@ class CosineFeatures:
 
     def __call__(self, x: Tensor, start: int, keys: bool) -> Tensor:
         if start + x.shape[1] > self.length:
-            raise ValueError(f"features of positions below length={self.length} end before {start + x.shape[1]} tokens")
+            raise ValueError(
+                f"features of positions below length={self.length} end before {start + x.shape[1]} tokens; got {start=}"
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
         angles = torch.arange(start, start + x.shape[1], device=x.device, dtype=wide) * (math.pi / 2 / self.length)
         angles = angles[:, None, None]

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_chunks import inverse
+from ..linear_norms import inverse
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -389,13 +389,14 @@ def _turned_kernel(
         values = _read(_tile(y, item, head, token, second, tokens, heads, E, BE)).to(KIND)
         seen = _read(_matrix(memory, row, first, second, D, E, BD, BE)).to(KIND)
         found += tl.dot(values, tl.trans(seen), input_precision=PRECISION)
-    a = tl.load(of_product + place, mask=token < tokens, other=0.0)
-    found = tl.where((a == 0.0)[:, None], 0.0, found * a[:, None])
+    found *= tl.load(of_product + place, mask=token < tokens, other=0.0)[:, None]
     if SUM:
         channel = first + tl.arange(0, BD)
         z = tl.load(total + row.to(tl.int64) * D + channel, mask=channel < D, other=0.0)
         found += tl.load(of_sum + place, mask=token < tokens, other=0.0)[:, None] * z[None, :]
-    found *= _slope(_read(_present(_tile(x, item, head, token, first, tokens, heads, D, BD), a != 0.0)), ACTIVATION)
+    found *= _slope(_read(_tile(x, item, head, token, first, tokens, heads, D, BD)), ACTIVATION)
+    counts = tl.load(of_product + place, mask=token < tokens, other=0.0) != 0.0
+    found = tl.where(counts[:, None], found, 0.0)
     _write(_tile(out, item, head, token, first, tokens, heads, D, BD), found)
 
 
