@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import regard
 from regard import Source, attend
 from regard.ops import patterns as P
 from regard.ops.backends import native as backend
@@ -225,64 +224,6 @@ def test_narrower_processors(flags, tmp_path, monkeypatch):
 
 def test_the_task_is_laid_out_as_in_c():
     assert library.library().regard_task_size() == ctypes.sizeof(attention._Task)
-
-
-@pytest.fixture
-def nothing_compiled(monkeypatch, tmp_path):
-    """As in a process that has not looked for the library yet, with an empty folder for it."""
-    monkeypatch.setenv("REGARD_CACHE", str(tmp_path / "kernels"))
-    library.library.cache_clear()
-    library.why_not.cache_clear()
-    yield tmp_path / "kernels"
-    library.library.cache_clear()
-    library.why_not.cache_clear()
-
-
-def test_it_is_compiled_once_and_leaves_nothing_else(nothing_compiled):
-    assert library.why_not() is None
-    assert nothing_compiled.stat().st_mode & 0o077 == 0
-    (made,) = nothing_compiled.iterdir()
-    assert made.suffix == ".so"
-    stamp = made.stat().st_mtime_ns
-    library.library.cache_clear()
-    assert library.library().regard_lanes() in (4, 8, 16)
-    assert made.stat().st_mtime_ns == stamp
-
-
-@pytest.mark.parametrize(("variable", "value", "reason"), [
-    ("REGARD_NATIVE", "0", "switched off by REGARD_NATIVE=0"),
-    ("CC", "no-such-compiler", "there is no C compiler 'no-such-compiler'"),
-    ("CC", "false", "failed"),
-])  # fmt: skip
-def test_without_it_tiles_run_on_torch_and_plans_say_why(variable, value, reason, nothing_compiled, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    assert reason in (library.why_not() or "")
-    assert reason in regard.backends()["native"]
-    plan = regard.plan("neighborhood(7)", (56, 56))
-    assert plan.backend == "tiled"
-    assert reason in plan.others["native"]
-    q = torch.randn(1, 9, 9, 2, 8)
-    torch.testing.assert_close(attend(q, q, q, "window(3)"), attend(q, q, q, "window(3)", backend="reference"))
-    with pytest.raises(ValueError, match="backend 'native' cannot run this call"):
-        attend(q, q, q, "window(3)", backend="native")
-    assert not list(nothing_compiled.glob("*")) if nothing_compiled.exists() else True
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
-def test_a_folder_that_others_may_write_is_not_loaded_from(nothing_compiled, mode):
-    nothing_compiled.mkdir()
-    nothing_compiled.chmod(mode)
-    assert "must be this user's alone" in (library.why_not() or "")
-
-
-def test_a_damaged_library_is_compiled_again(nothing_compiled):
-    nothing_compiled.mkdir(mode=0o700)
-    damaged = nothing_compiled / f"kernels-{library._fingerprint(library._compiler())}.so"
-    damaged.write_bytes(b"not a library")
-    with pytest.raises(library.Unavailable, match="cannot be loaded"):
-        library.opened(damaged)
-    assert library.why_not() is None
-    assert damaged.stat().st_size > 1000
 
 
 def test_it_is_for_cpus_and_types_that_are_compiled():

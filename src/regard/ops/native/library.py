@@ -1,12 +1,12 @@
 """The C sources of this folder as a library for this machine, compiled at first use and kept.
 
-It needs a C compiler with OpenMP (the command that ``CC`` gives, else ``cc``, ``gcc`` or ``clang``), for a few seconds,
-once; without one, or with ``REGARD_NATIVE=0``, everything runs on torch's operators. So it does after any failure at all, with one
-warning that says why. The library lies in ``REGARD_CACHE``, else in the user's cache folder, under a name made of the source, the
-compiler and the processor. Its threads are those of torch, where both find the same OpenMP.
+It needs a C compiler with OpenMP (the command that ``CC`` gives, else ``cc``, ``gcc`` or ``clang``), for some seconds, once;
+without one, or with ``REGARD_NATIVE=0``, everything runs on torch's operators. So it does after any failure at all, with one
+warning that says why. The library lies in ``REGARD_CACHE``, else in the user's cache folder, under a name made of the
+source, the compiler and the processor. Its threads are those of torch, where both find the same OpenMP.
 
-What is loaded runs, and a damaged library ends the process: a file is loaded only if it is this user's own, nobody else may write
-it, and its size and digest are those noted beside it when a freshly compiled library had passed its trial.
+What is loaded runs, and a damaged library ends the process: a file is loaded only if it is this user's own, nobody else may
+write it, and its size and digest are those noted beside it when a freshly compiled library had passed its trial.
 """
 
 from __future__ import annotations
