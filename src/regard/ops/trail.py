@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class _Eagerly:
+    """Holders, while whom compiled models run as they were written: graphs call no observers, and hooks cannot be traced."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._holders += 1
+            self._set()
+
+    def notice(self) -> None:
+        """Look again whether there is a compiler to stop: importing it takes seconds, so that is left to who compiles."""
+        with self._lock:
+            self._set()
+
+    def leave(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+    def _set(self) -> None:
+        if self._holders and self._stance is None and "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+
+_EAGERLY = _Eagerly()
 
 
 class Trail:
     """Follows, while it is entered, which modules are being called; a context manager for observers.
 
     The hooks are torch's global module hooks: nothing is written into a model, its outputs stay as they are, and the hooks
-    go away with the context, also after an exception. Modules that were compiled before do not run hooks.
+    go away with the context, also after an exception. Modules that were compiled run as they were written meanwhile.
     """
 
     def __init__(self) -> None:
@@ -20,6 +57,9 @@ class Trail:
         self._handles: list = []
 
     def __enter__(self) -> Trail:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("modules can be followed around a compiled function, not within one: enter the context outside")
+        _EAGERLY.enter()
         self._handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -30,6 +70,7 @@ class Trail:
         for handle in self._handles:
             handle.remove()
         self.modules.clear()
+        _EAGERLY.leave()
 
     @property
     def recomputing(self) -> bool:
@@ -45,6 +86,7 @@ class Trail:
         return next((names[m] for m in reversed(self.modules) if m in names), None)
 
     def _enter(self, module: nn.Module, args) -> None:
+        _EAGERLY.notice()
         if not self.modules:
             self._names = {m: name for name, m in module.named_modules()}
         self.modules.append(module)
