@@ -37,7 +37,8 @@ class _Eagerly:
                 self._stance = None
 
     def _set(self) -> None:
-        if self._holders and self._stance is None and "torch._dynamo" in sys.modules:
+        running = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+        if running and self._holders and self._stance is None:
             self._stance = torch.compiler.set_stance("force_eager")
 
 
@@ -57,8 +58,6 @@ class Trail:
         self._handles: list = []
 
     def __enter__(self) -> Trail:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("modules can be followed around a compiled function, not within one: enter the context outside")
         _EAGERLY.enter()
         self._handles = [
             register_module_forward_pre_hook(self._enter),
