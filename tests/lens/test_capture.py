@@ -546,3 +546,24 @@ def test_a_large_image_costs_the_chosen_rows_alone():
         model(image)
     with pytest.raises(ValueError, match=r"'stages.0.blocks.0.mixer.op' take 3072.0 MiB.*choose rows="):
         maps[0].weights  # noqa: B018  # the property raises
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_model_is_captured_as_it_was_written(compiled_first):
+    torch._dynamo.reset()
+    mixer = create_mixer("window", dim=16, heads=2).eval()
+    x = torch.randn(1, 8, 8, 16)
+    compiled = torch.compile(mixer, backend="eager")
+    with torch.no_grad():
+        if compiled_first:
+            compiled(x)
+        with capture(mixer) as expected:
+            y = mixer(x)
+        with capture(mixer) as outer, capture(mixer) as maps:
+            torch.testing.assert_close(compiled(x), y)
+        assert len(outer) == len(maps) == len(expected) == 1
+        torch.testing.assert_close(maps[0].weights, expected[0].weights)
+        ran = torch._dynamo.utils.counters["frames"]["ok"]
+        torch._dynamo.reset()
+        compiled(x)  # compiles again once nobody looks
+        assert torch._dynamo.utils.counters["frames"]["ok"] > ran

@@ -58,6 +58,9 @@ def attend(
     Returns:
         ``(batch, *grid, heads, value_dim)`` in the dtype of ``q``. A query that sees no key gives 0, and lse ``-inf``.
 
+    Keys that a query does not see never reach it, even if they are not finite, nor does what a bias holds there; a visible NaN
+    makes exactly the queries that see it NaN. ``docs/guide/transforms.md`` has this rule, and which transforms of torch work.
+
     Raises:
         TypeError: another kind of thing than an argument may be.
         ValueError: shapes, devices, pattern and grids that do not go together, with what was given and what is allowed.
