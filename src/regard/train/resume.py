@@ -62,7 +62,8 @@ def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None]) -> P
             _check_fit(read_checkpoint(path), module, path)
         except ValueError as error:
             aside = set_aside(path)
-            tell(f"{error}; it was set aside as {aside.name}, and training goes on from the checkpoint before, if there is one")
+            rest = "goes on from the checkpoint before" if (folder / BEFORE).exists() else "begins again"
+            tell(f"{error}; it was set aside as {aside.name}, and training {rest}")
         else:
             return path
     return None
