@@ -105,7 +105,8 @@ class Payload:
 
 CHECKPOINT = {
     "none": None, "flag": True, "number": 3, "real": 0.1, "infinite": float("inf"), "text": "ü", "numpy": np.float32(0.5),
-    "tuple": (1, [2, (3,)], {}), "by number": {0: {"step": torch.tensor(2.0)}, (1, 2): []}, "array": np.arange(4, dtype=np.uint32),
+    "tuple": (1, [2, (3,)], {}), "by number": {0: {"step": torch.tensor(2.0)}, (1, 2): []},
+    "array": np.arange(4, dtype=np.uint32),
     "tensors": [torch.arange(6).reshape(2, 3).T, torch.ones(2, dtype=torch.bfloat16), torch.zeros(0, 3), torch.tensor(True)],
 }  # fmt: skip
 
