@@ -179,10 +179,12 @@ def test_damaged_tables_and_names_are_refused_by_name(tmp_path: Path) -> None:
     whole = write_table(tmp_path / "a.parquet", [0, 1] * 4).read_bytes()
     for at in range(4, len(whole) - 4, len(whole) // 40):
         (tmp_path / "b.parquet").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        said = ""
         try:
             load_data(tmp_path / "b.parquet")
         except ValueError as error:
-            assert "b.parquet" in str(error)
+            said = str(error)
+        assert not said or "b.parquet" in said
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match=r"cannot read the names of classes in .*labels\.txt"):
         load_data(tmp_path / "a.parquet")
@@ -197,5 +199,5 @@ def test_a_damaged_set_of_datasets_is_refused_by_name(content: str, tmp_path: Pa
 
 
 def test_a_name_that_is_too_long_is_refused() -> None:
-    with pytest.raises(FileNotFoundError, match="no data at str 'aaa.*too long"):
+    with pytest.raises(FileNotFoundError, match=r"no data at str 'aaa.*too long"):
         load_data("a" * 300)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from regard.data import photo_crops
 from regard.models import create_model
 from regard.train.fitting import Recipe, fit
+from regard.train.resume import RunFiles, read_checkpoint, resumable, write_checkpoint
 
 SCRIPT = """
 import os, signal, sys
@@ -72,3 +74,96 @@ def test_another_seed_gives_other_weights(uninterrupted, tmp_path: Path) -> None
     model = create_model("compact_nano", num_classes=3, mixer="window", drop_path_rate=0.5, drop_rate=0.2)
     recipe = Recipe(epochs=2, batch_size=len(data.train) // 6, seed=6)
     assert digest(fit(model, data, recipe, tmp_path, progress=False)) != uninterrupted[0]
+
+
+def test_a_damaged_or_planted_checkpoint_is_set_aside_and_the_run_ends_the_same(uninterrupted, tmp_path: Path) -> None:
+    trained(tmp_path)
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    told: list[str] = []
+    module = trained(tmp_path, tell=told.append)
+    assert (digest(module), module.history) == uninterrupted
+    assert told[0].endswith("training goes on from the checkpoint before")
+    assert "between the last step and its validation" in told[1]  # nothing would add the last epoch to the history
+    for name in ("last.ckpt", "before.ckpt"):
+        torch.save({"state_dict": Payload(tmp_path / "ran")}, tmp_path / name)
+    module = trained(tmp_path, tell=told.append)
+    assert (digest(module), module.history) == uninterrupted
+    assert told[-1].endswith("before.ckpt.damaged-2, and training begins again")
+    assert not (tmp_path / "ran").exists()
+    assert sorted(path.name for path in tmp_path.glob("*.damaged*")) == [
+        "before.ckpt.damaged", "before.ckpt.damaged-2", "last.ckpt.damaged", "last.ckpt.damaged-2"
+    ]  # fmt: skip
+
+
+class Payload:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return Path.touch, (self.flag,)
+
+
+CHECKPOINT = {
+    "none": None, "flag": True, "number": 3, "real": 0.1, "infinite": float("inf"), "text": "ü", "numpy": np.float32(0.5),
+    "tuple": (1, [2, (3,)], {}), "by number": {0: {"step": torch.tensor(2.0)}, (1, 2): []},
+    "array": np.arange(4, dtype=np.uint32),
+    "tensors": [torch.arange(6).reshape(2, 3).T, torch.ones(2, dtype=torch.bfloat16), torch.zeros(0, 3), torch.tensor(True)],
+}  # fmt: skip
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def test_what_is_written_comes_back_with_its_types(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    content = CHECKPOINT | {"tied": [tied, tied[:2]]}
+    write_checkpoint(content, tmp_path / "a")
+    assert equal(content, read_checkpoint(tmp_path / "a"))
+    with pytest.raises(TypeError, match=r"checkpoint\['deep'\]\[0\] is a Payload"):
+        write_checkpoint({"deep": [Payload(tmp_path)]}, tmp_path / "b")
+
+
+def test_any_changed_byte_is_noticed(tmp_path: Path) -> None:
+    write_checkpoint(CHECKPOINT, tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    for at in range(0, len(whole), 7):
+        (tmp_path / "b").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            found = read_checkpoint(tmp_path / "b")
+        except ValueError as error:
+            assert str(tmp_path / "b") in str(error)  # noqa: PT017  # a change of spaces alone may be read
+        else:
+            assert equal(CHECKPOINT, found)
+
+
+def test_the_checkpoint_before_stays_beside_the_last_whole_one(tmp_path: Path) -> None:
+    files, path = RunFiles(), tmp_path / "last.ckpt"
+    for number in range(3):
+        files.save_checkpoint({"number": number}, path)
+    assert files.load_checkpoint(path) == {"number": 2}
+    assert files.load_checkpoint(tmp_path / "before.ckpt") == {"number": 1}
+    with pytest.raises(TypeError):
+        files.save_checkpoint({"number": object()}, path)
+    assert files.load_checkpoint(path) == {"number": 2}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["before.ckpt", "last.ckpt"]
+
+
+def test_a_checkpoint_of_another_model_or_program_is_not_gone_on_from(tmp_path: Path) -> None:
+    told: list[str] = []
+    write_checkpoint({"epoch": 1}, tmp_path / "last.ckpt")
+    (tmp_path / "before.ckpt").mkdir()
+    (tmp_path / ".last.ckpt.999999999").write_bytes(b"")
+    assert resumable(tmp_path, torch.nn.Linear(2, 2), told.append) is None
+    assert "is no checkpoint of a run: it has no callbacks" in told[0]
+    assert "before.ckpt is not a file" in told[1]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["before.ckpt.damaged", "last.ckpt.damaged"]

@@ -62,7 +62,8 @@ def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None]) -> P
             _check_fit(read_checkpoint(path), module, path)
         except ValueError as error:
             aside = set_aside(path)
-            tell(f"{error}; it was set aside as {aside.name}, and training goes on from the checkpoint before, if there is one")
+            rest = "goes on from the checkpoint before" if (folder / BEFORE).exists() else "begins again"
+            tell(f"{error}; it was set aside as {aside.name}, and training {rest}")
         else:
             return path
     return None
@@ -76,6 +77,9 @@ def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path) -> 
     found = checkpoint["state_dict"]
     if not isinstance(found, dict) or {k: tuple(getattr(v, "shape", ())) for k, v in found.items()} != shapes:
         raise ValueError(f"{path} is of another model")
+    steps, history = getattr(module, "steps", None), checkpoint["history"]
+    if steps is not None and checkpoint["global_step"] >= steps and history["count"]:  # Lightning would not validate any more
+        raise ValueError(f"{path} was written between the last step and its validation")
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -307,6 +307,6 @@ def _reason(error: Exception) -> str:
 
 def some(names: Iterable[str], limit: int = 40) -> str:
     """The first of some names, and how many more there are."""
-    names = [name if len(name) <= _LETTERS else f"{name[:_LETTERS]}..." for name in names]
+    names = [one_line(Exception(name), _LETTERS) for name in names]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
