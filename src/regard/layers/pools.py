@@ -20,6 +20,7 @@ from ..ops import attend
 from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
 from ..ops.route import summaries
+from ..ops.tracing import fill
 from .conv import CONVOLUTIONS, convolve_tokens
 from .linear import linear
 
@@ -110,7 +111,7 @@ class PoolKV(nn.Module):
         grid = x.shape[1:-1]
         if self.conv is not None:
             assert self.ratio is not None  # the constructor checked
-            pads = [n for length in reversed(grid) for n in (0, -length % self.ratio)]
+            pads = [n for length in reversed(grid) for n in (0, fill(length, self.ratio))]
             return convolve_tokens(self.conv, F.pad(x, [0, 0, *pads]) if any(pads) else x)
         if self.ratio == 1:
             return x

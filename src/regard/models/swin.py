@@ -16,6 +16,7 @@ from ..layers.mixers import WindowAttention
 from ..layers.stems import PatchEmbed, PatchMerging
 from ..ops import Source
 from ..ops import patterns as P
+from ..ops.tracing import fill
 from .builder import BackboneSpec, BlockSpec, StageSpec
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models
@@ -70,7 +71,7 @@ class RolledWindowAttention(WindowAttention):
         return torch.roll(super().forward(rolled), shifts, (1, 2))
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
-        return [-n % min(self.size, n) for n in grid]
+        return [fill(n, min(self.size, n)) for n in grid]
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         # of the two windows of this second size, the first ends where timm cuts the last window of the first size

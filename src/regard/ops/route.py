@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .patterns import Blocks, Ints
+from .tracing import count_steps
 
 
 def block_sizes(grid: Sequence[int], blocks: Ints) -> tuple[int, ...]:
@@ -22,7 +23,7 @@ def block_sizes(grid: Sequence[int], blocks: Ints) -> tuple[int, ...]:
     counts = blocks if isinstance(blocks, tuple) else (blocks,) * len(grid)
     if len(counts) != len(grid):
         raise ValueError(f"expected one number of blocks per axis of the grid {tuple(grid)}; got {blocks!r}")
-    return tuple(-(-n // count) for n, count in zip(grid, counts, strict=True))
+    return tuple(count_steps(n, count) for n, count in zip(grid, counts, strict=True))
 
 
 def summaries(x: Tensor, block: Sequence[int]) -> Tensor:

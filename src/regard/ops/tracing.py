@@ -15,3 +15,16 @@ def constant_in_graphs(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that dynamo looks for
     return function
+
+
+def fill(length: int, step: int) -> int:
+    """How much is missing to the next multiple of ``step``.
+
+    Not ``-length % step``: ONNX divides negative numbers another way, and a program whose sizes are open computes this itself.
+    """
+    return (step - length % step) % step
+
+
+def count_steps(length: int, step: int) -> int:
+    """How many steps cover a length, the last one perhaps in part; not ``-(-length // step)``, see :func:`fill`."""
+    return (length + step - 1) // step

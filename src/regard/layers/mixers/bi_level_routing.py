@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops import Source, route
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
+from ...ops.tracing import fill
 from ..positions import ValueConv
 from .base import AttentionMixer, check_choice
 from .registry import register_mixer
@@ -66,7 +67,7 @@ class BiLevelRoutingAttention(AttentionMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        return [-n % count for n, count in zip(grid, self.regions, strict=True)]
+        return [fill(n, count) for n, count in zip(grid, self.regions, strict=True)]
 
     def route(self, q: Tensor, k: Tensor) -> P.Pattern:
         """The regions each region sees, from queries and keys ``(batch, *grid, heads, head_dim)``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
+from ...ops.tracing import fill
 from ..pools import PoolKV
 from .base import SplitMixer, check_choice, check_sizes_of, check_tokens
 from .registry import register_mixer
@@ -98,7 +99,7 @@ class HiLoAttention(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """The tokens that keys and values of low frequencies are made of."""
         if self.pad == "token":
-            pads = [n for length in reversed(x.shape[1:-1]) for n in (0, -length % self.window_size)]
+            pads = [n for length in reversed(x.shape[1:-1]) for n in (0, fill(length, self.window_size))]
             x = F.pad(x, [0, 0, *pads]) if any(pads) else x
         return self.pool(x)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...ops import patterns as P
+from ...ops.tracing import fill
 from .base import PatternMixer, check_choice, per_axis
 from .registry import register_mixer
 
@@ -46,4 +47,4 @@ class WindowAttention(PatternMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        return [-n % size for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]
+        return [fill(n, size) for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]

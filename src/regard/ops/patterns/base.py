@@ -14,14 +14,20 @@ Ints = int | tuple[int, ...]
 
 
 def minimum(a, b):
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor) or isinstance(
+        b, Tensor
+    ):  # not as_tensor: it would fix a size that an exported program leaves open
+        return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a)
     return np.minimum(a, b)
 
 
 def maximum(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+        return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a)
     return np.maximum(a, b)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..tracing import count_steps
 from .base import Ints, Pattern, grid_positions, normalise, per_axis, positional
 
 
@@ -65,7 +66,7 @@ class Blocks(_Routed):
         return len(self.block) if isinstance(self.block, tuple) else None
 
     def block_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        return tuple(-(-n // per_axis(self.block, axis)) for axis, n in enumerate(grid))
+        return tuple(count_steps(n, per_axis(self.block, axis)) for axis, n in enumerate(grid))
 
     def check(self, q_grid, k_grid):
         super().check(q_grid, k_grid)

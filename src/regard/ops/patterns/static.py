@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..tracing import count_steps, fill
 from .base import AxisWindow, Ints, Separable, grid_positions, inside, maximum, minimum, normalise, per_axis, positional, raster
 
 
@@ -93,7 +94,7 @@ class Window(Separable):
 
     def zero_keys(self, axis, length, rank):
         size = per_axis(self.size, axis)
-        return (0, -length % size if self.pad == "zero" else 0)
+        return (0, fill(length, size) if self.pad == "zero" else 0)
 
     def extent(self, axis, length, rank):
         return per_axis(self.size, axis) - 1
@@ -214,7 +215,7 @@ class Halo(Separable):
         if self.border != "zero":
             return (0, 0)
         block, halo = per_axis(self.block, axis), per_axis(self.halo, axis)
-        return (halo, -length % block + halo)
+        return (halo, fill(length, block) + halo)
 
     def offset(self, axis, q, k, length, rank):
         block = per_axis(self.block, axis) // self.stride  # in queries
@@ -241,7 +242,7 @@ class Grid(Separable):
         object.__setattr__(self, "size", normalise("size", self.size, int, 1))
 
     def _spacing(self, axis: int, length: int) -> int:
-        return -(-length // per_axis(self.size, axis))
+        return count_steps(length, per_axis(self.size, axis))
 
     def axis_window(self, axis, q, length, rank):
         spacing = self._spacing(axis, length)
