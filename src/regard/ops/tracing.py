@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,3 +30,9 @@ def fill(length: int, step: int) -> int:
 def count_steps(length: int, step: int) -> int:
     """How many steps cover a length, the last one perhaps in part; not ``-(-length // step)``, see :func:`fill`."""
     return (length + step - 1) // step
+
+
+def check_fixed(what: str, grid: Sequence[int]) -> None:
+    """Raise ``ValueError`` where an export leaves the sizes of a grid open that the mechanism computes with as numbers."""
+    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in grid):
+        raise ValueError(f"{what} needs the numbers of its grid: export it with fixed sizes; the batch may be left open")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import Source, route
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
-from ...ops.tracing import fill
+from ...ops.tracing import check_fixed, fill
 from ..positions import ValueConv
 from .base import AttentionMixer, check_choice
 from .registry import register_mixer
@@ -73,6 +73,7 @@ class BiLevelRoutingAttention(AttentionMixer):
         """The regions each region sees, from queries and keys ``(batch, *grid, heads, head_dim)``."""
         if q.shape[1:-2] != k.shape[1:-2]:
             raise ValueError(f"regions are routed on one grid; got queries {tuple(q.shape)} and keys {tuple(k.shape)}")
+        check_fixed("bi-level routing", k.shape[1:-2])
         if self.topk == -1:
             return P.Dense()
         block = route.block_sizes(q.shape[1:-2], self.regions)

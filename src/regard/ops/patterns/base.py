@@ -16,9 +16,7 @@ Ints = int | tuple[int, ...]
 def minimum(a, b):
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.minimum(a, b)
-    if isinstance(a, Tensor) or isinstance(
-        b, Tensor
-    ):  # not as_tensor: it would fix a size that an exported program leaves open
+    if isinstance(a, Tensor) or isinstance(b, Tensor):  # as_tensor would fix a size that an export leaves open
         return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a)
     return np.minimum(a, b)
 
