@@ -43,7 +43,7 @@ def test_an_onnx_file_gives_the_same_at_another_batch_and_size(name: str, tmp_pa
             assert_near(got, mixer(other))
 
 
-@pytest.mark.parametrize("name", ["bi_level_routing", "outlook"])
+@pytest.mark.parametrize("name", ["bi_level_routing", "hilo", "outlook"])
 def test_an_open_grid_is_refused_where_the_mechanism_needs_its_numbers(name: str) -> None:
     axes = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
     with pytest.raises(ValueError, match="export it with fixed sizes; the batch may be left open"):

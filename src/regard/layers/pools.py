@@ -20,7 +20,7 @@ from ..ops import attend
 from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
 from ..ops.route import summaries
-from ..ops.tracing import fill
+from ..ops.tracing import check_fixed, fill
 from .conv import CONVOLUTIONS, convolve_tokens
 from .linear import linear
 
@@ -119,6 +119,7 @@ class PoolKV(nn.Module):
             assert self.size is not None  # one of both is given
             size = self.size
         elif self.kind == "mean":
+            check_fixed("mean pooling", grid)  # whether it divides the grid decides how it is computed
             return summaries(x, (self.ratio,) * len(grid))
         else:
             size = tuple(max(1, n // self.ratio) for n in grid)
