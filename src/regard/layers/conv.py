@@ -15,7 +15,7 @@ def convolve_tokens(conv: nn.Module, x: Tensor) -> Tensor:
     On a 2-D grid the transposed view is torch's channels-last memory format: the convolution takes and returns it as it is.
     """
     if isinstance(conv, tuple(CONVOLUTIONS.values())):
-        check_kinds(x, conv.weight)
+        check_kinds(x, conv.weight)  # type: ignore[arg-type]  # a convolution has one
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 

@@ -248,7 +248,7 @@ def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = N
     for name, tokens, shape, count in (("x", x, axes, rank), ("extra", extra, "n", 1), ("context", context, axes, rank)):
         if tokens is None and name != "x":
             continue
-        check_tensor(name, tokens, what=f"(batch, {shape}, {dim})")
+        tokens = check_tensor(name, tokens, what=f"(batch, {shape}, {dim})")
         if tokens.ndim < 3 or tokens.shape[-1] != dim or (count is not None and tokens.ndim != count + 2):
             raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(tokens.shape)}")
         if tokens.shape[0] != x.shape[0]:
