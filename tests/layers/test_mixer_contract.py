@@ -165,3 +165,10 @@ def test_tokens_of_another_dtype_than_the_weights_are_refused_in_one_sentence(na
 def test_a_copy_computes_the_same(name: str) -> None:
     mixer = make(name).eval()
     assert torch.equal(run(copy.deepcopy(mixer), "both"), run(mixer, "both"))  # the same operators on the same numbers
+
+
+def test_the_router_of_a_single_routed_head_decides_nothing() -> None:
+    """Its gate is its share among the chosen, which is all: the only parameters in the library whose gradient is zero."""
+    mixer = make("mixture_of_heads", shared=2, routed=1)
+    run(mixer, "alone").square().sum().backward()
+    assert without_gradient(mixer) == {"router.weight": "zero"}

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.tracing import count_steps
 from .blocks import DropPath
 from .gates import SqueezeGate
 from .linear import linear
@@ -64,7 +65,7 @@ def same_padding(length: int, kernel_size: int, stride: int, dilation: int = 1) 
 
     With a stride this is not symmetric, and depends on the length: networks trained in TensorFlow need it.
     """
-    total = max(0, (-(-length // stride) - 1) * stride + (kernel_size - 1) * dilation + 1 - length)
+    total = max(0, (count_steps(length, stride) - 1) * stride + (kernel_size - 1) * dilation + 1 - length)
     return total // 2, total - total // 2
 
 

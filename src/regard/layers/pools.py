@@ -21,6 +21,7 @@ from ..ops import attend
 from ..ops.footprint import Footprint
 from ..ops.patterns import Ints
 from ..ops.route import summaries
+from ..ops.tracing import check_fixed, fill
 from .conv import CONVOLUTIONS, convolve_tokens
 from .linear import linear
 
@@ -116,7 +117,7 @@ class PoolKV(nn.Module):
         grid = x.shape[1:-1]
         if self.conv is not None:
             assert self.ratio is not None  # the constructor checked
-            pads = [n for length in reversed(grid) for n in (0, -length % self.ratio)]
+            pads = [n for length in reversed(grid) for n in (0, fill(length, self.ratio))]
             return convolve_tokens(self.conv, F.pad(x, [0, 0, *pads]) if any(pads) else x)
         if self.ratio == 1:
             return x
@@ -124,6 +125,7 @@ class PoolKV(nn.Module):
             assert self.size is not None  # one of both is given
             size = self.size
         elif self.kind == "mean":
+            check_fixed("mean pooling", grid)  # whether it divides the grid decides how it is computed
             return summaries(x, (self.ratio,) * len(grid))
         else:
             size = tuple(max(1, n // self.ratio) for n in grid)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.patterns import Ints
+from ..ops.tracing import fill
 from .blocks import TokenBatchNorm
 from .conv import CONVOLUTIONS, convolve_tokens
 from .linear import linear
@@ -46,7 +47,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.Identity() if norm is None else norm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
-        pads = [-length % size for length, size in zip(image.shape[2:], self.sizes, strict=True)]
+        pads = [fill(length, size) for length, size in zip(image.shape[2:], self.sizes, strict=True)]
         if any(pads):
             image = F.pad(image, [n for pad in reversed(pads) for n in (0, pad)])
         return self.norm(self.proj(image).movedim(1, -1))

@@ -17,6 +17,7 @@ from ..layers.mixers import WindowAttention
 from ..layers.stems import PatchEmbed, PatchMerging
 from ..ops import Source
 from ..ops import patterns as P
+from ..ops.tracing import fill
 from .builder import BackboneSpec, BlockSpec, StageSpec
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models
@@ -81,7 +82,7 @@ class RolledWindowAttention(WindowAttention):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad != "timm":
             return super().padding(grid)
-        return [-n % min(self.size, n) for n in grid]
+        return [fill(n, min(self.size, n)) for n in grid]
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         if self.pad != "timm":

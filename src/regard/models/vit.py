@@ -21,6 +21,7 @@ from ..layers.mixers import MultiHeadAttention, mixer_class
 from ..layers.positions import resize_offset_table
 from ..layers.reduce import TokenMap, TokenReducer
 from ..layers.stems import PatchEmbed
+from ..ops.tracing import count_steps
 from .builder import (
     Backbone,
     BackboneSpec,
@@ -258,7 +259,7 @@ class _Trunk(Staged):
         states = self.run_blocks(image, indices)
         if norm:
             states = [state._replace(x=self.norm(state.x)) for state in states]
-        grid = tuple(-(-side // self.feature_info[0]["reduction"]) for side in image.shape[-2:])
+        grid = tuple(count_steps(side, self.feature_info[0]["reduction"]) for side in image.shape[-2:])
         return [s.places().transpose(1, 2).unflatten(2, grid) if reshape else s.places() for s in states]
 
     def no_weight_decay(self) -> set[str]:

@@ -24,6 +24,7 @@ from ..layers.mlps import MLP
 from ..layers.pools import ClassAttention
 from ..layers.positions import PositionTable
 from ..layers.stems import ConvDownsample
+from ..ops.tracing import fill
 from .builder import Backbone, BackboneSpec, BlockSpec, StageSpec, _init_weights
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models
@@ -117,7 +118,7 @@ class VoloStem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv(image)
-        bottom, right = -x.shape[-2] % 4, -x.shape[-1] % 4
+        bottom, right = fill(x.shape[-2], 4), fill(x.shape[-1], 4)
         x = F.pad(x, [0, right, 0, bottom]) if bottom or right else x
         return self.proj(x).movedim(1, -1)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checks import check_choice, check_grid, check_integer, check_sizes, check_tensor, check_tensors
 from .observe import WATCHERS, Weighing, tell
 from .patterns import Ints, Neighborhood, grid_positions
+from .tracing import count_steps
 
 
 def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, border: str = "zero") -> Tensor:
@@ -202,7 +203,7 @@ def fold_windows(y: Tensor, grid: Sequence[int], size: int, stride: int = 1) -> 
     grid = check_grid("grid", grid)
     size, stride = check_integer("size", size, 1), check_integer("stride", stride, 1)
     rank = len(grid)
-    expected = (*(-(-n // stride) for n in grid), size**rank)
+    expected = (*(count_steps(n, stride) for n in grid), size**rank)
     if y.ndim != rank + 4 or (*y.shape[1 : 1 + rank], y.shape[-2]) != expected:
         raise ValueError(
             f"a grid {tuple(grid)} has windows {expected[:-1]} of {expected[-1]} taps at {size=}, {stride=}; "
@@ -222,4 +223,4 @@ def fold_windows(y: Tensor, grid: Sequence[int], size: int, stride: int = 1) -> 
 def _window_pads(length: int, size: int, stride: int) -> tuple[int, int]:
     """Zeros before an axis, and after it so that the last window is whole; never negative."""
     before = size // 2
-    return before, max(0, (-(-length // stride) - 1) * stride + size - before - length)
+    return before, max(0, (count_steps(length, stride) - 1) * stride + size - before - length)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_grid, check_integer, check_sizes, check_tensor, check_tensors
 from .patterns import Blocks, Ints
+from .tracing import count_steps
 
 
 def block_sizes(grid: Sequence[int], blocks: Ints) -> tuple[int, ...]:
@@ -28,7 +29,7 @@ def block_sizes(grid: Sequence[int], blocks: Ints) -> tuple[int, ...]:
     counts = blocks if isinstance(blocks, tuple) else (blocks,) * len(grid)
     if len(counts) != len(grid):
         raise ValueError(f"expected one number of blocks per axis of the grid {tuple(grid)}; got {blocks!r}")
-    return tuple(-(-n // count) for n, count in zip(grid, counts, strict=True))
+    return tuple(count_steps(n, count) for n, count in zip(grid, counts, strict=True))
 
 
 def summaries(x: Tensor, block: Sequence[int]) -> Tensor:

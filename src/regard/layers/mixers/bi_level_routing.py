@@ -15,6 +15,7 @@ from ...checks import check_choice, checked
 from ...ops import Source, route
 from ...ops import patterns as P
 from ...ops.heads import repeat_heads
+from ...ops.tracing import check_fixed, fill
 from ..positions import ValueConv
 from .base import AttentionMixer
 from .registry import register_mixer
@@ -68,12 +69,13 @@ class BiLevelRoutingAttention(AttentionMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        return [-n % count for n, count in zip(grid, self.regions, strict=True)]
+        return [fill(n, count) for n, count in zip(grid, self.regions, strict=True)]
 
     def route(self, q: Tensor, k: Tensor) -> P.Pattern:
         """The regions each region sees, from queries and keys ``(batch, *grid, heads, head_dim)``."""
         if q.shape[1:-2] != k.shape[1:-2]:
             raise ValueError(f"regions are routed on one grid; got queries {tuple(q.shape)} and keys {tuple(k.shape)}")
+        check_fixed("bi-level routing", k.shape[1:-2])
         if self.topk == -1:
             return P.Dense()
         block = route.block_sizes(q.shape[1:-2], self.regions)

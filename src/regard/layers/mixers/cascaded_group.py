@@ -17,6 +17,7 @@ from ...checks import checked
 from ...ops import attend
 from ...ops import patterns as P
 from ...ops.call import HeadTable
+from ...ops.tracing import fill
 from ..conv_norm import ConvNorm
 from ..positions import MirroredBias
 from .base import check_tokens
@@ -78,7 +79,7 @@ class CascadedGroupAttention(nn.Module):
         if x.ndim != 4:
             raise ValueError(f"expected x (batch, rows, columns, {self.dim}); got {tuple(x.shape)}")
         rows, columns = x.shape[1:3]
-        bottom, right = (-n % min(self.window_size, n) for n in (rows, columns))
+        bottom, right = (fill(n, min(self.window_size, n)) for n in (rows, columns))
         x = F.pad(x.movedim(-1, 1), [0, right, 0, bottom])
         widths = (self.head_dim, self.head_dim, self.dim // self.heads)
         table = self.bias.table

@@ -15,6 +15,7 @@ from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.footprint import Footprint
+from ...ops.tracing import fill
 from ..positions import OffsetEmbedding
 from .base import AttentionMixer, per_axis
 from .registry import register_mixer
@@ -69,7 +70,7 @@ class HaloAttention(AttentionMixer):
         if pattern.border == "zero":  # zero keys have a relative term, so they have to be real keys here
             pattern = replace(pattern, border="mask")
             start = tuple(-(-h // b) * b for b, h in zip(self.block, self.halo, strict=True))  # keeps blocks aligned
-            ends = [-n % b + h for n, b, h in zip(k.shape[1:-2], self.block, self.halo, strict=True)]
+            ends = [fill(n, b) + h for n, b, h in zip(k.shape[1:-2], self.block, self.halo, strict=True)]
             widths = [n for pair in zip(reversed(start), reversed(ends), strict=True) for n in pair]
             k, v = (F.pad(t, [0, 0, 0, 0, *widths]) for t in (k, v))
         footprint = Footprint(grid, "cells", start=start)

@@ -17,6 +17,7 @@ from ...checks import check_choice, checked
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
+from ...ops.tracing import fill
 from ..pools import PoolKV
 from .base import AttentionMixer, SplitMixer, check_sizes_of, check_tokens
 from .registry import register_mixer
@@ -104,7 +105,7 @@ class HiLoAttention(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """The tokens that keys and values of low frequencies are made of."""
         if self.pad == "token":
-            pads = [n for length in reversed(x.shape[1:-1]) for n in (0, -length % self.window_size)]
+            pads = [n for length in reversed(x.shape[1:-1]) for n in (0, fill(length, self.window_size))]
             x = F.pad(x, [0, 0, *pads]) if any(pads) else x
         return self.pool(x)
 

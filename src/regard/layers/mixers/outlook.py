@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...checks import checked
 from ...ops.kernels import fold_windows, unfold_windows
 from ...ops.observe import WATCHERS, Weighing, tell
+from ...ops.tracing import check_fixed
 from ..linear import linear
 from ..pools import PoolKV
 from .base import check_sizes_of, check_tokens
@@ -92,6 +93,7 @@ class OutlookAttention(nn.Module):
         if context is not None and context.shape != x.shape:
             raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
         grid = tuple(x.shape[1:-1])
+        check_fixed("outlook attention", grid)
         v = linear(self.v, x if context is None else context).unflatten(-1, (self.heads, -1))
         windows = unfold_windows(v, self.kernel_size, self.stride)  # (batch, *windows, heads, taps, head_dim)
         weights = self.weights(x)

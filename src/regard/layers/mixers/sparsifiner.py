@@ -104,6 +104,7 @@ class SparsifinerAttention(MultiHeadAttention):
     """Attention of every token of the grid to the keys that a predictor lists for it, other keys for every image and head.
 
     The choice carries no gradient: the predictor learns from :func:`reconstruction_loss` alone, while attention is dense.
+    From any other loss it gets no gradient: distributed training then needs ``find_unused_parameters=True``.
     Tokens outside the grid see everything. With ``prefix`` they compete for the lists like any other key (the published
     class token); with 0 every query sees them.
 

@@ -15,6 +15,7 @@ from ...checks import check_choice, check_integer, checked
 from ...ops import Source
 from ...ops.footprint import Footprint
 from ...ops.patterns import Dense
+from ...ops.tracing import count_steps
 from ..pools import PoolKV
 from .base import SplitMixer, check_sizes_of
 from .registry import register_mixer
@@ -63,7 +64,7 @@ class StripAttention(SplitMixer):
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
         grid = tuple(q.shape[1:-2])
-        own = tuple(k.shape[1:-2]) == tuple(-(-n // self.ratio) for n in grid)  # a context may lie on a grid of its own
+        own = tuple(k.shape[1:-2]) == tuple(count_steps(n, self.ratio) for n in grid)  # a context may lie on a grid of its own
         return [Source(k, v, Dense(), footprint=Footprint(grid, "windows", self.ratio) if own else None)]
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ...checks import check_choice, checked
 from ...ops import patterns as P
+from ...ops.tracing import fill
 from .base import PatternMixer, per_axis
 from .registry import register_mixer
 
@@ -48,4 +49,4 @@ class WindowAttention(PatternMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        return [-n % size for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]
+        return [fill(n, size) for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]

@@ -16,14 +16,18 @@ Ints = int | tuple[int, ...]
 
 
 def minimum(a, b):
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):  # as_tensor would fix a size that an export leaves open
+        return a.clamp(max=b) if isinstance(a, Tensor) else b.clamp(max=a)
     return np.minimum(a, b)
 
 
 def maximum(a, b):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+        return a.clamp(min=b) if isinstance(a, Tensor) else b.clamp(min=a)
     return np.maximum(a, b)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...checks import INTEGERS, check_range, check_sizes, check_tensor, shown
+from ..tracing import count_steps
 from .base import Ints, Pattern, check_grids, grid_positions, per_axis, positional
 
 
@@ -63,7 +64,7 @@ class Blocks(_Routed):
         return len(self.block) if isinstance(self.block, tuple) else None
 
     def block_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        return tuple(-(-n // per_axis(self.block, axis)) for axis, n in enumerate(grid))
+        return tuple(count_steps(n, per_axis(self.block, axis)) for axis, n in enumerate(grid))
 
     def check(self, q_grid, k_grid):
         super().check(q_grid, k_grid)

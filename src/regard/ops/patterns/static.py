@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ...checks import LARGEST, check_choice, check_flag, check_integer
+from ..tracing import count_steps, fill
 from .base import (
     AxisWindow,
     Ints,
@@ -119,7 +120,7 @@ class Window(Separable):
 
     def zero_keys(self, axis, length, rank):
         size = per_axis(self.size, axis)
-        return (0, -length % size if self.pad == "zero" else 0)
+        return (0, fill(length, size) if self.pad == "zero" else 0)
 
     def extent(self, axis, length, rank):
         return per_axis(self.size, axis) - 1
@@ -253,7 +254,7 @@ class Halo(Separable):
         if self.border != "zero":
             return (0, 0)
         block, halo = per_axis(self.block, axis), per_axis(self.halo, axis)
-        return (halo, -length % block + halo)
+        return (halo, fill(length, block) + halo)
 
     def offset(self, axis, q, k, length, rank):
         block = per_axis(self.block, axis) // self.stride  # in queries
@@ -280,7 +281,7 @@ class Grid(Separable):
         settle_sizes(self, size=1)
 
     def _spacing(self, axis: int, length: int) -> int:
-        return -(-length // per_axis(self.size, axis))
+        return count_steps(length, per_axis(self.size, axis))
 
     def axis_window(self, axis, q, length, rank):
         spacing = self._spacing(axis, length)
