@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..caches import cached
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 16

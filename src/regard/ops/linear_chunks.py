@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
 from .linear_spans import (
     ACTIVATIONS,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..caches import cached
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan

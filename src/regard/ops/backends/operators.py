@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...counted import register_flop_formula
 from ..call import Call
-from ..counted import register_flop_formula
 
 
 def lse_like(q: Tensor) -> Tensor:
