@@ -70,19 +70,23 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 $(VENV)/.torch:
+	@echo "== an environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(LOCK) $(TORCH)
+	$(BIN)/python -m pip install --upgrade pip
+	@echo "== torch, some 200 MB: a minute or two"
+	$(BIN)/python -m pip install $(LOCK) $(TORCH)
 	touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet $(LOCK) -e ".[train]"
+	@echo "== regard and what training needs: about a minute"
+	$(BIN)/python -m pip install $(LOCK) -e ".[train]"
 	touch $@
 
 # timm and torchvision serve peer tests only; torchvision's compiled operators are not needed, so no dependencies
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/python -m pip install --quiet $(LOCK) -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers timm==1.0.31 torchvision==0.28.0
+	@echo "== what the tests need: some minutes"
+	$(BIN)/python -m pip install $(LOCK) -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/peers timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 .venv-oldest/.oldest: pyproject.toml constraints-oldest.txt

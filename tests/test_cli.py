@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -178,22 +177,26 @@ def test_lists_in_a_pipe_have_a_line_a_row_and_no_colours(command) -> None:
         assert row.get("title", row.get("cost", "")) in line
 
 
-def interrupted(arguments: Sequence[str], when: Callable[[str], bool], after: float = 0.0) -> tuple[int, str, str]:
-    """A process that gets Ctrl-C some time after a line of its output, or of what it imports, is as asked for."""
+def interrupted(arguments: Sequence[str], when: Callable[[str], bool], stream: str = "stderr") -> tuple[int, str, str]:
+    """What is left of a process that gets Ctrl-C after a line that it prints, or that says what it imports."""
+    shown = ["-v"] if stream == "stderr" else []
     process = subprocess.Popen(
-        [sys.executable, "-v", "-u", "-m", "regard.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-    assert process.stderr is not None
-    errors = []
-    for line in process.stderr:
-        errors.append(line)
+        [sys.executable, *shown, "-u", "-m", "regard.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = []
+    for line in getattr(process, stream):
+        told.append(line)
         if when(line):
             break
-    time.sleep(after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    told = [line for line in err.splitlines() if not re.match(r"import |# |extension module", line)]
-    return process.returncode, out, "\n".join(told)
+    if stream == "stdout":
+        return process.returncode, "".join(told) + out, err
+    kept = [line for line in err.splitlines() if not re.match(r"import |# |extension module", line)]
+    return process.returncode, out, "\n".join(kept)
 
 
 @pytest.mark.parametrize("module", ["'typer'", "'regard.commands'", "'numpy'", "'torch._C'", "'torch.nn.modules.module'"])
@@ -266,3 +269,18 @@ def test_compare_on_an_image_folder_writes_a_report_and_does_not_repeat_it(capsy
     assert len(trained) == 2
     called(capsys, *arguments)
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
+
+
+def test_interrupted_comparison_keeps_what_it_has_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = ["compare", "--data", "embedded", "--size", "16", "--mixers", "identity,window(window_size=4)", "--epochs", "1",
+                 "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]  # fmt: skip
+    code, out, err = interrupted(arguments, lambda line: "window" in line, stream="stdout")
+    assert code == 130
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in err
+    assert "identity: accuracy" in out.replace("no mixing", "identity")
+    assert "stopped before its first checkpoint, begins anew" in out
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "no mixing: kept from an earlier run: accuracy" in done.stdout
+    assert "window (window_size=4): accuracy" in done.stdout

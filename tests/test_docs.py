@@ -82,6 +82,13 @@ def test_an_unknown_system_is_told_its_neighbours():
         system("swim")
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files_of_the_repository(page):
+    links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
 def test_the_gallery_shows_the_results_that_lie_beside_it():
     spec = importlib.util.spec_from_file_location("make_gallery", ROOT / "docs" / "make_gallery.py")
     assert spec is not None

@@ -9,6 +9,8 @@ Names are loaded when they are first used, so that what needs no tensors, such a
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .counted import wait_for_counter
+
 if TYPE_CHECKING:
     from . import bench, lens
     from .caches import cache_info, clear_caches
@@ -67,3 +69,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
+
+
+wait_for_counter()

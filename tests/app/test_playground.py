@@ -15,6 +15,15 @@ CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]  # fmt: skip
 
+MAPS_CHANGE = """() => {
+  const read = () => ["a", "b"].map(side => document.querySelector(`#map-${side} img`)?.src);
+  const first = read();
+  window.changed = [];
+  new MutationObserver(() => window.changed.push(read().map((src, i) => src !== first[i])))
+    .observe(document.body, {subtree: true, attributes: true, childList: true});
+}"""
+"""Notes in ``changed``, whenever the page changes, whether each of both maps is another than now."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")]
 
 
@@ -93,9 +102,18 @@ def test_visitor_uploads_clicks_changes_mechanisms_and_reads_numbers(tmp_path) -
         sync_api.expect(page.locator("#about h3")).to_have_text("BiFormer", timeout=90_000)
 
         page.get_by_role("tab", name="Compare").click()
-        page.set_viewport_size({"width": 400, "height": 800})
-        page.wait_for_timeout(500)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.evaluate(MAPS_CHANGE)
+        page.locator("#photo input").click()
+        page.get_by_role("option", name="coffee").click()
+        page.wait_for_function("window.changed.some(both => both.every(Boolean))", timeout=90_000)
+        assert page.evaluate("window.changed.every(([a, b]) => a === b)")  # never an old photograph beside a new one
+
+        page.set_viewport_size({"width": 390, "height": 800})
+        page.goto(address, wait_until="domcontentloaded")
+        facts("b", "keys")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert all(tab.is_visible() for tab in page.get_by_role("tab").all())
+        assert page.get_by_role("tab").count() == 3
         context.close()
     assert [url for url in asked if url.startswith("http") and not url.startswith(address)] == []
 

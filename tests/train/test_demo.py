@@ -95,7 +95,7 @@ def test_a_mixer_more_is_trained_alone_and_all_are_measured_side_by_side(tmp_pat
     three = replace(two, contenders=[*two.contenders, *parse_mixers("identity")])
     found = compare(three, progress=False, tell=told.append)
     assert told[-1].startswith("measuring")
-    assert ["kept from an earlier run" in line for line in told] == [True, True, False, False]
+    assert ["kept from an earlier run" in line for line in told] == [True, True, False, False, False]
     assert [one.numbers for one in found] == [{"of": 3}] * 3
 
 
@@ -117,12 +117,13 @@ def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             compare(chosen, progress=False, tell=told.append)
 
+    trains = "window: training for 3 epochs"
     interrupt(0)
-    assert told == ["window: stopped before its first checkpoint, begins anew"]
+    assert told == [trains, "window: stopped before its first checkpoint, begins anew"]
     interrupt(1)
-    assert told == ["window: kept after 1 epoch of 3"]
+    assert told == [trains, "window: kept after 1 epoch of 3"]
     interrupt(2)
-    assert told == ["window: goes on from an earlier run, after 1 epoch of 3", "window: kept after 2 epochs of 3"]
+    assert told == [trains, "window: goes on from an earlier run, after 1 epoch of 3", "window: kept after 2 epochs of 3"]
     monkeypatch.setattr(Classifier, "training_step", step)
     monkeypatch.setattr("regard.train.comparing.measure", lambda *_: None)
     found = compare(chosen, progress=False, tell=told.append)

@@ -49,11 +49,12 @@ footer{display:none!important}
 .formula{white-space:pre-wrap;font:13px/1.5 ui-monospace,monospace;padding:.7rem 1rem;border-radius:8px;
   margin:.5rem 0;color:var(--body-text-color);background:var(--background-fill-secondary)}
 @media (max-width:700px){
-  .gradio-container{padding:8px 4px!important}
   .tab-container button{padding:0 .6rem!important;font-size:.9rem}
   #controls-a .form,#controls-b .form{grid-template-columns:repeat(2,1fr)}
 }
 """
+HEAD = "<style>@media (max-width:700px){.gradio-container .main{padding:8px!important}}</style>"
+"""What lies around the page, out of reach of ``CSS``: on a phone its margins would push tabs into a menu."""
 CLICK = "Click the picture: a ring marks the token that looks, colours show what it attends to."
 COSTS = (
     "One photograph, float32, {threads}; a multiply-add is two FLOPs. Predicted speed-up: the pairs of dense attention for "
@@ -421,7 +422,7 @@ def serve(host: str, port: int | None, wait: bool) -> str:
     page = build(files=host in LOCAL).queue(default_concurrency_limit=1, max_size=64)
     _, local, _ = page.launch(
         server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=False,
-        max_file_size=uploads.BYTES, enable_monitoring=False, footer_links=[], css=CSS, inbrowser=False,
+        max_file_size=uploads.BYTES, enable_monitoring=False, footer_links=[], css=CSS, head=HEAD, inbrowser=False,
         theme=gr.themes.Default(font=sans, font_mono=mono, primary_hue="slate"), blocked_paths=[str(Path.home())],
     )  # fmt: skip
     if wait:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from ..caches import cached
 from ..checks import check_fit, shown
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 16

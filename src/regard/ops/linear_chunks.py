@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
 from .linear_norms import inverse, steady
 from .linear_spans import (

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..caches import cached
 from ..checks import check_grid, check_tensor, check_tensors
-from .counted import register_flop_formula
+from ..counted import register_flop_formula
 from .patterns import Pattern, Separable, as_pattern, parse
 from .tiles import BUFFER, GroupTables, Index, Rows, tables_of
 from .tiling import TileGroup, TilePlan, tile_plan

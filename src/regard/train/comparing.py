@@ -161,6 +161,8 @@ def train_one(
         torch.manual_seed(settings.recipe.seed)
         clock = _Clock(folder / "seconds.json", tell)
         telling = Telling(contender.label, settings.recipe.epochs, tell)
+        if not progress:
+            tell(f"{contender.label}: training for {counted(settings.recipe.epochs, 'epoch')}")
         try:
             with clock:
                 module = fit(

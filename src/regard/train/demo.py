@@ -65,6 +65,8 @@ def demo(
     first = settings.folder(settings.contenders[0])
     kept = first.with_suffix(".threads.json")
     found = None if fresh else read_kept(kept, _is_count, tell)
+    if found is None:
+        tell("timing a few steps of training, to choose how many threads and epochs")
     threads = int(found or fastest_threads(settings))
     write_json(kept, threads)
     torch.set_num_threads(min(threads, torch.get_num_threads()))

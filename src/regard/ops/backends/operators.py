@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...counted import register_flop_formula
 from ..call import Call, HeadTable
-from ..counted import register_flop_formula
 from ..patterns import Blocks, parse
 from ..transforms import gradients
 from . import reference
