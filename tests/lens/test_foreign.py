@@ -26,7 +26,7 @@ def joined(maps, name):
 
 
 def tiny_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its models are looked into")
     common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     return {
@@ -94,7 +94,7 @@ def test_windows_of_a_transformers_swin_are_put_back_on_their_grid(implementatio
 
 
 def test_transformers_models_are_left_as_they_were_after_an_error():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its models are looked into")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = list(ALL_ATTENTION_FUNCTIONS)
