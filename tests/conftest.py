@@ -1,5 +1,9 @@
-"""Shared by all tests: one thread, one seed, and the same hypothesis examples on every run."""
+"""Shared by all tests: one thread, one seed, and the same hypothesis examples on every run.
 
+``REGARD_TEST_THREADS`` asks for more threads, ``REGARD_LANES`` for compiled kernels with vectors of 4, 8 or 16 numbers.
+"""
+
+import os
 import sys
 
 import pytest
@@ -7,6 +11,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from regard.models import create_model, save_checkpoint
+from regard.ops.native import library
+
+if lanes := os.environ.get("REGARD_LANES"):
+    library.FLAGS += ({"4": "-march=x86-64", "8": "-march=x86-64-v3", "16": "-march=x86-64-v4"}[lanes],)
+    library.MACHINE = ((),)
 
 settings.register_profile(
     "regard",
@@ -20,7 +29,7 @@ settings.load_profile("regard")
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("REGARD_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

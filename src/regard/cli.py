@@ -41,7 +41,7 @@ class _Interrupts:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words = "stopped"
+    words, problem = "stopped", None  # type: str, str | None
     with _Interrupts() as interrupts:
         try:
             from . import commands

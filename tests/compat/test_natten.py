@@ -82,7 +82,7 @@ def test_arguments_of_natten_kernels_change_nothing():
         backward_kv_splits=(1, 1), backward_use_pt_reduction=True, run_persistent_kernel=False, kernel_schedule="pp",
         torch_compile=True,
     )  # fmt: skip
-    assert tuned.equal(plain)
+    assert tuned.equal(plain)  # bitwise: the same operators on the same shapes
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (4, 7), (7, 4)])
@@ -110,7 +110,7 @@ def test_packed_sequences_are_attended_one_by_one():
     again = ours.attention(
         q, k, v, is_causal=True, cumulative_seqlen_Q=ends_q, cumulative_seqlen_KV=ends_k, max_seqlen_Q=4, max_seqlen_KV=5
     )
-    assert again.equal(found[0])
+    assert again.equal(found[0])  # bitwise: the same operators on the same shapes
     with pytest.raises(ValueError, match=r"rising from 0 to the tokens; got \[0, 3, 4, 8\] for \(1, 7, 2, 3\)"):
         ours.attention(q[:, :7], k, v, cumulative_seqlen_Q=ends_q, cumulative_seqlen_KV=ends_k)
 

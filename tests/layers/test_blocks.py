@@ -77,7 +77,7 @@ def test_patch_embedding_fills_incomplete_patches_with_zeros():
     image = torch.randn(2, 3, 9, 6, dtype=torch.float64)
     whole = torch.zeros(2, 3, 12, 8, dtype=torch.float64)
     whole[..., :9, :6] = image
-    assert torch.equal(stem(image), stem(whole))
+    assert torch.equal(stem(image), stem(whole))  # bitwise: the same operators on the same shapes
     patch = whole[:, :, 8:12, 4:8].flatten(1)
     expected = stem.norm(patch @ stem.proj.weight.flatten(1).T + stem.proj.bias)
     torch.testing.assert_close(stem(image)[:, 2, 1], expected)

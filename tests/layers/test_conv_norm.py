@@ -76,7 +76,7 @@ def test_fusing_a_model_replaces_everything_inside_and_keeps_outputs():
     assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) == 1  # before MBConv's expansion
     assert model[2] is model[5]
     assert all(not m.training for m in model.modules())
-    assert fuse(model)(x).equal(model(x))
+    assert fuse(model)(x).equal(model(x))  # bitwise: the same operators on the same shapes
 
 
 def test_models_in_training_are_not_fused():

@@ -75,7 +75,7 @@ def test_maps_equal_masked_softmax_for_every_pattern_and_backend(pattern, backen
     expected_out = model(x)
     with capture(model) as maps:
         out = model(x)
-    assert torch.equal(out, expected_out)
+    assert torch.equal(out, expected_out)  # bitwise: the same operators on the same shapes
     (found,) = maps
     assert (found.name, found.call, found.grid, found.pattern) == ("", 0, (5, 6), pattern)
     (weights,) = found.weights
@@ -226,7 +226,7 @@ def test_outputs_and_gradients_are_those_without_capture():
     with capture(model):
         watched = model(x)
     watched.sum().backward()
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
 
 

@@ -26,7 +26,7 @@ def joined(maps, name):
 
 
 def tiny_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its models are looked into")
     common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     return {
@@ -51,7 +51,7 @@ def test_weights_of_transformers_models_are_their_eager_attentions(name, impleme
         plain = model(pixel_values=x)[0]
         with capture(model) as maps:
             watched = model(pixel_values=x)[0]
-        assert torch.equal(plain, watched)
+        assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
         assert all(a is m.config for a, m in zip(configs, (m for m in model.modules() if hasattr(m, "config")), strict=True))
         model.set_attn_implementation("eager")
         expected = model(pixel_values=x, output_attentions=True).attentions
@@ -77,7 +77,7 @@ def test_windows_of_a_transformers_swin_are_put_back_on_their_grid(implementatio
             watched = model(pixel_values=x)[0]
         model.set_attn_implementation("eager")
         windows = model(pixel_values=x, output_attentions=True)
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
     assert [(found.grid, found.k_grids) for found in maps] == [((16, 16), ((16, 16),))] * 2 + [((8, 8), ((8, 8),))] * 2
     # of stage one, whose attentions are those of the last block, shifted by one, padded to 18 and cut into windows of 3
     weights = windows.attentions[0].unflatten(0, (2, 36))
@@ -94,7 +94,7 @@ def test_windows_of_a_transformers_swin_are_put_back_on_their_grid(implementatio
 
 
 def test_transformers_models_are_left_as_they_were_after_an_error():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its models are looked into")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = list(ALL_ATTENTION_FUNCTIONS)
@@ -142,7 +142,7 @@ def test_weights_of_a_timm_transformer_are_those_its_dropout_sees(fused):
         plain = model(x)
         with capture(model) as maps:
             watched = model(x)
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
     assert not any("forward" in vars(module) for module in model.modules())
     expected, hooks = [], []
     for block in model.blocks:
@@ -198,7 +198,7 @@ def test_windows_of_a_timm_swin_are_put_back_on_their_grid(fused):
         plain = model(x)
         with capture(model) as maps:
             watched = model(x)
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
     kept = []
     for block in blocks:
         block.attn.fused_attn = False
@@ -261,7 +261,7 @@ def test_fused_encoder_layers_of_torch_keep_their_bits_and_show_their_weights(no
         inner = encoder.layers[0]
         seen = inner.norm1(x) if norm_first else x
         _, expected = inner.self_attn(seen, seen, seen, average_attn_weights=False)
-    assert torch.equal(plain, watched)
+    assert torch.equal(plain, watched)  # bitwise: the same operators on the same shapes
     assert [found.name for found in maps] == ["layers.0.self_attn", "layers.1.self_attn"]
     torch.testing.assert_close(maps[0].weights[0], expected, rtol=0, atol=1e-6)
     assert not any("forward" in vars(module) for module in encoder.modules())

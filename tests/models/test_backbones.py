@@ -100,7 +100,7 @@ def test_maps_of_a_cut_backbone_are_those_of_the_whole(family):
     image = torch.randn(1, 3, 61, 44)
     maps = cut(image)
     expected = whole.get_intermediate_layers(image, (0, 2), reshape=True)
-    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))  # bitwise: the same operators on the same shapes
     assert [info["num_chs"] for info in cut.feature_info] == [m.shape[1] for m in maps] == [m.shape[1] for m in expected]
     assert count_parameters(cut) < count_parameters(whole)
     assert len(cut.stages) == 3
@@ -119,7 +119,7 @@ def test_a_seed_decides_everything(family):
     for _ in range(2):
         torch.manual_seed(5)
         outputs.append(make(family, drop_path_rate=0.5, drop_rate=0.5)(torch.ones(4, 3, 32, 40)))
-    assert torch.equal(*outputs)
+    assert torch.equal(*outputs)  # bitwise: the same operators on the same shapes
 
 
 @family
@@ -176,7 +176,7 @@ def test_pooling_first_and_a_layer_before_the_logits_are_what_they_say():
     model = Backbone(replace(spec, pool_first=True, pre_logits=6), num_classes=3).eval()
     image = torch.randn(2, 3, 40, 40)
     tokens = model.forward_features(image)
-    assert torch.equal(tokens, model.run_stages(image)[-1])
+    assert torch.equal(tokens, model.run_stages(image)[-1])  # bitwise: the same operators on the same shapes
     hidden = torch.tanh(model.pre_logits.fc(model.norm(tokens.mean((1, 2)))))
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), hidden)
     torch.testing.assert_close(model(image), model.head(hidden))
@@ -231,7 +231,7 @@ def test_swapping_the_own_mixer_in_changes_nothing():
     torch.manual_seed(1)
     swapped = make("swin", mixer=period).eval()
     image = torch.randn(1, 3, 61, 44)
-    assert torch.equal(plain(image), swapped(image))
+    assert torch.equal(plain(image), swapped(image))  # bitwise: the same operators on the same shapes
 
 
 def test_every_mixer_takes_the_device():

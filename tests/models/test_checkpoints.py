@@ -142,7 +142,7 @@ def test_files_load_under_any_layout(tmp_path, suffix):
     on_meta = make("swin_tiny_patch4_window7_224", device="meta", pad="mask")
     load_checkpoint(on_meta, str(path))
     image = torch.randn(1, 3, 40, 48)
-    assert torch.equal(on_meta.eval()(image), model.eval()(image))
+    torch.testing.assert_close(on_meta.eval()(image), model.eval()(image))  # its weights lie elsewhere in a cache line
 
 
 def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_cut_backbones_load_whole_checkpoints(layout):
     assert load_checkpoint(cut, export_state_dict(model, layout)) == layout
     image = torch.randn(1, 3, 56, 40)
     for ours, whole in zip(cut(image), model.get_intermediate_layers(image, (1, 2), reshape=True), strict=True):
-        assert torch.equal(ours, whole)
+        assert torch.equal(ours, whole)  # bitwise: the same operators on the same shapes
 
 
 def test_unreadable_files_say_so(tmp_path):

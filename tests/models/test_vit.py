@@ -86,7 +86,7 @@ def test_equals_the_definition_on_any_grid_with_tokens_of_any_kind(options, size
 
 def test_sizes_that_do_not_divide_are_padded_at_the_bottom_and_on_the_right():
     model, x = make(), image(61, 83)
-    assert torch.equal(model(x), model(F.pad(x, [0, 13, 0, 3])))
+    assert torch.equal(model(x), model(F.pad(x, [0, 13, 0, 3])))  # bitwise: the same operators on the same shapes
 
 
 @pytest.mark.parametrize("name", [name for family in ("vit_*", "deit_*") for name in list_models(family)])
@@ -123,7 +123,7 @@ def test_maps_of_a_cut_transformer_are_those_of_the_whole():
     cut = create_model(NAME, features_only=True, out_indices=(1, -3), **NARROW).eval()
     x = torch.randn(1, 3, 61, 44)
     expected = whole.get_intermediate_layers(x, (0, 1), reshape=True)
-    assert all(torch.equal(a, b) for a, b in zip(cut(x), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cut(x), expected, strict=True))  # bitwise: the same operators
     assert [(i["num_chs"], i["reduction"], i["module"]) for i in cut.feature_info] == [
         (16, 16, f"stages.0.blocks.{i}") for i in (0, 1)
     ]

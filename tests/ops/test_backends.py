@@ -66,7 +66,7 @@ def test_what_a_static_pattern_shows_is_found_out_once_and_serves_inference_and_
     again = attend(q, q, q, P.Neighborhood(5), backend="dense")
     again.sum().backward()
     assert len(asked) == 1
-    torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)
+    torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)  # bitwise: the same operators on the same shapes
     for pattern, grid in ((P.Neighborhood(3), (6, 7)), (P.Neighborhood(5), (7, 6)), (P.Neighborhood(5, dilation=2), (6, 7))):
         other = torch.randn(1, *grid, 2, 4, dtype=torch.float64)
         mine = attend(other, other, other, pattern, backend="dense")

@@ -699,6 +699,7 @@ def test_a_decay_of_heads_is_that_of_tokens_all_alike_in_half_precision():
     q, k, v = (t.bfloat16() for t in qkv(1, 300, 2, 8, 8))
     logs = -torch.rand(2)
     by_head = linear_attend(q, k, v, causal=True, log_decay=logs)
+    # bitwise: the same operators on the same shapes
     assert torch.equal(by_head, linear_attend(q, k, v, causal=True, log_decay=logs.expand(1, 300, 2)))
 
 

@@ -82,7 +82,7 @@ def test_any_number_of_threads(case, threads, monkeypatch):
         first, again = (results(case, "native", torch.float32, True) for _ in range(2))
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first)  # bitwise: the same operators on the same shapes
 
 
 def test_python_threads_at_once_keep_to_their_own_memory(monkeypatch):
@@ -100,7 +100,7 @@ def test_python_threads_at_once_keep_to_their_own_memory(monkeypatch):
         worker.start()
     for worker in workers:
         worker.join()
-    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))  # bitwise: the same operators on the same shapes
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e3, 1e18])

@@ -123,7 +123,7 @@ def test_half_precision_rounds_results_and_not_sums():
     wide_scores, wide_sums = neighbor_scores(wide[0], wide[1], pattern), neighbor_sum(wide[3], wide[2], pattern)
     expected = torch.autograd.grad((wide_scores, wide_sums), (*wide[:2], wide[3], wide[2]), (wide[3], wide[0]))
     for found, exact in zip((scores, sums, *grads), (wide_scores, wide_sums, *expected), strict=True):
-        assert found.equal(exact.bfloat16())
+        assert found.equal(exact.bfloat16())  # bitwise: the same operators on the same shapes
 
 
 def test_compiled_and_exported_without_breaks_before_any_eager_call():

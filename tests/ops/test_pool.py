@@ -123,7 +123,7 @@ def test_memory_kept_from_inference_serves_training_and_the_reverse():
     grad = train()
     with torch.inference_mode():
         again = attend(q, k, v, P.Neighborhood(5), backend="tiled")
-    assert torch.equal(first, again)
+    assert torch.equal(first, again)  # bitwise: the same operators on the same shapes
     assert torch.equal(grad, train())
     result = attend(q, k, v, P.Neighborhood(5), backend="tiled")
     kept = result.clone()

@@ -232,7 +232,7 @@ def test_kernels_compile_for_hopper_without_spills(name, kind, dim, tmp_path):
 @TRITON
 def test_more_rows_than_the_second_axis_of_a_launch_holds_lie_on_the_first():
     """Only the first axis of a launch may have more than 65535 programs."""
-    linear = pytest.importorskip("regard.ops.triton.linear")
+    linear = pytest.importorskip("regard.ops.triton.linear", reason="triton is not installed")
     q = torch.empty(9000, 130, 8, 32, device="meta")
     of = linear._Scan(q, q, None, None, "identity", 64)
     for grid in (of.grid("D", "E"), linear._launch(q, 32, 32, "identity", "E")[0]):

@@ -221,7 +221,7 @@ def test_bfloat16_stays_close_to_float32(build, inputs):
 def test_a_state_dict_carries_the_model(build, inputs):
     first, second = build().eval(), build().eval()
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first(inputs()), second(inputs()))
+    assert torch.equal(first(inputs()), second(inputs()))  # bitwise: the same operators on the same shapes
 
 
 @systems("compile")
@@ -245,7 +245,7 @@ def test_a_seed_decides_everything(build, inputs):
     for _ in range(2):
         torch.manual_seed(7)
         outputs.append(build().train()(inputs()))
-    assert torch.equal(*outputs)
+    assert torch.equal(*outputs)  # bitwise: the same operators on the same shapes
 
 
 @systems("errors")

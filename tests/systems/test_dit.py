@@ -127,7 +127,7 @@ def test_other_sizes_are_padded_and_cut_and_sigma_is_a_choice():
     model, _ = small("dit_s_4", PLAIN | {"learn_sigma": False})
     x, time, labels = inputs(7, 10)
     padded = F.pad(x, [0, 2, 0, 1])
-    assert torch.equal(model(x, time, labels), model(padded, time, labels)[..., :7, :10])
+    assert torch.equal(model(x, time, labels), model(padded, time, labels)[..., :7, :10])  # bitwise: the same operators
     assert model(x, time, labels).shape == x.shape
 
 
@@ -286,7 +286,7 @@ def test_official_names_load_and_save(name, options):
     other = create_dit(name, **options, **DOUBLE).eval()
     assert load_checkpoint(other, {"model": weights}) == "official"
     given = inputs()
-    assert torch.equal(other(*given), model(*given))
+    assert torch.equal(other(*given), model(*given))  # bitwise: the same operators on the same shapes
     assert all(torch.equal(export_state_dict(other, "official")[key], value) for key, value in weights.items())
 
 
@@ -295,7 +295,7 @@ def test_a_checkpoint_is_read_from_a_file(tmp_path):
     torch.save(weights, tmp_path / "dit.pt")
     other = create_dit("dit_s_2", tmp_path / "dit.pt", **PLAIN, **DOUBLE).eval()
     given = inputs()
-    assert torch.equal(other(*given), model(*given))
+    assert torch.equal(other(*given), model(*given))  # bitwise: the same operators on the same shapes
 
 
 def test_compiles_exports_and_keeps_items_apart():

@@ -87,12 +87,12 @@ def test_a_rate_of_one_is_the_host_exactly(distilled):
     host, _ = small("deit_small_patch16_224", image_size=128, distilled=distilled)
     assert load_checkpoint(host, weights) == "official"
     image = images()
-    assert torch.equal(model(image), host(image))
+    assert torch.equal(model(image), host(image))  # bitwise: the same operators on the same shapes
     reduced, _ = narrow(rate=0.5, distilled=distilled)
     load_checkpoint(reduced, weights)
     assert not torch.allclose(reduced(image), host(image))
     reduced.set_rate(1.0)
-    assert torch.equal(reduced(image), host(image))
+    assert torch.equal(reduced(image), host(image))  # bitwise: the same operators on the same shapes
 
 
 def test_logits_of_plain_weights_move_towards_the_host_as_the_rate_grows():

@@ -120,7 +120,7 @@ def test_extra_tokens_of_a_group_come_before_it_without_positions():
     torch.testing.assert_close(swapped[:, :, 2:], model(x, extra)[0][:, :, 2:], rtol=1e-11, atol=1e-11)
     plain = tiny(FIT, in_dim=5)
     plain.load_state_dict({key: value for key, value in weights.items() if not key.startswith("extra_stem")})
-    torch.testing.assert_close(model(x)[0], plain(x)[0], rtol=0, atol=0)
+    torch.testing.assert_close(model(x)[0], plain(x)[0], rtol=0, atol=0)  # bitwise: the same operators on the same shapes
 
 
 @pytest.mark.parametrize("cross_mlp", [False, True])

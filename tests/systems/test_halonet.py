@@ -200,7 +200,7 @@ def test_zero_keys_beyond_the_border_take_part_and_get_the_relative_term():
     assert moved[1].min() > 1e-6
     assert moved[0].max() == 0
     table[:2] += 1.0  # published tables hold offsets that no pair has
-    assert torch.equal(mixer(x)[0, 0], before[0, 0])
+    assert torch.equal(mixer(x)[0, 0], before[0, 0])  # bitwise: the same operators on the same shapes
 
 
 def test_only_every_second_token_asks_where_a_stage_begins_and_keys_stay_whole():

@@ -356,7 +356,7 @@ def test_both_sets_of_tokens_are_maps_of_the_grid():
     cut = create_model("lookupvit_base_patch16_224", features_only=True, out_indices=(2, 0), **NARROW, **DOUBLE, size=2)
     cut.load_state_dict({key: value for key, value in model.state_dict().items() if key in cut.state_dict()})
     wanted = model.get_intermediate_layers(image, (0, 2), reshape=True)
-    assert all(torch.equal(a, b) for a, b in zip(cut.eval()(image), wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cut.eval()(image), wanted, strict=True))  # bitwise: the same operators
     assert [info["module"] for info in cut.feature_info] == ["stages.0.blocks.0", "stages.0.blocks.2"]
 
 
@@ -378,7 +378,7 @@ def test_recomputed_blocks_change_no_gradient():
         model.set_grad_checkpointing(enable)
         model(image).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # bitwise: the same operators on the same shapes
     assert "positions.table" in model.no_weight_decay()
 
 

@@ -340,7 +340,7 @@ def test_official_names_of_the_gates_load_and_save_and_keep_their_order():
     other = create_model("moh_transnext_base_75", num_classes=5, dtype=torch.float64, **NARROW).eval()
     assert load_checkpoint(other, {"model": dict(weights)}) == "official"
     image = torch.randn(1, 3, 70, 45, dtype=torch.float64)
-    assert torch.equal(other(image), model(image))
+    assert torch.equal(other(image), model(image))  # bitwise: the same operators on the same shapes
     assert all(torch.equal(export_state_dict(other, "official")[key], value) for key, value in weights.items())
     mixers = [module for module in model.modules() if isinstance(module, HeadMixture)]
     x = torch.randn(1, 3, 3, 64, dtype=torch.float64)

@@ -192,7 +192,7 @@ def test_pruned_patches_might_as_well_not_be_there(keep_rate):
     dead = model.forward_features(images)[:, 1:][~state.tokens.alive]
     assert torch.equal(dead, model.norm.bias.expand_as(dead))  # zeros, normalised
     cut = model.cut((0, 3)).eval()
-    assert torch.equal(cut(images)[1], features)
+    assert torch.equal(cut(images)[1], features)  # bitwise: the same operators on the same shapes
 
 
 def test_dropped_places_get_no_gradient_and_the_predictors_are_trained_on_all():
@@ -352,7 +352,7 @@ def test_the_weights_of_the_host_and_official_names_load():
     other, _ = small("sparsifiner_deit_small", depth=2, image_size=96)
     assert load_checkpoint(other, weights) == "official"
     image = torch.randn(1, 3, 96, 96, dtype=torch.float64)
-    assert torch.equal(other(image), student(image))
+    assert torch.equal(other(image), student(image))  # bitwise: the same operators on the same shapes
     missing, unexpected = other.load_state_dict(teacher.state_dict(), strict=False)
     assert unexpected == []
     assert all("predictor" in key for key in missing)

@@ -190,4 +190,4 @@ def test_weights_are_dropped_in_training_only():
     block = model.stages[0].blocks[0]
     block.norm = nn.Identity()
     assert not torch.equal(block.train()(x), block(x))
-    assert torch.equal(block.eval()(x), block(x))
+    assert torch.equal(block.eval()(x), block(x))  # bitwise: the same operators on the same shapes

@@ -112,6 +112,7 @@ def test_long_videos_are_cut_in_turns():
     for number, part in enumerate(features.split(2)):
         alone = tokencut_video(part)
         frames = slice(2 * number, 2 * number + 2)
+        # bitwise: the same operators on the same shapes
         torch.testing.assert_close(whole.eigenvector[frames], alone.eigenvector, rtol=0, atol=0)
         assert torch.equal(whole.mask[frames], alone.mask)
         (frame, row, column) = alone.seeds[0]

@@ -114,7 +114,7 @@ def test_an_ensemble_keeps_the_names_of_the_model_and_travels_in_a_state_dict():
     nn.init.normal_(first.ensemble_scale)
     assert set(first.state_dict()) == {f"model.{key}" for key in vit().state_dict()} | {"ensemble_scale", "kept"}
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first(images()), second(images()))
+    assert torch.equal(first(images()), second(images()))  # bitwise: the same operators on the same shapes
 
 
 def test_influence_on_the_classifier_is_that_of_the_pruned_ensemble():

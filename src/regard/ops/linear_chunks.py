@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..counted import register_flop_formula
 from .linear_decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
-from .linear_norms import inverse, steady
+from .linear_norms import divided, inverse, steady
 from .linear_spans import (
     ACTIVATIONS,
     Span,
@@ -467,7 +467,7 @@ def _read_definition(
     queries = ACTIVATIONS[activation][0](q.to(wide_dtype(q)))
     y = torch.einsum("bthd,bhde->bthe", queries, memory)
     if total is not None:
-        y = y * inverse(torch.einsum("bthd,bhd->bth", queries, total), floor, eps).unsqueeze(-1)
+        y = divided(y, torch.einsum("bthd,bhd->bth", queries, total).unsqueeze(-1), floor, eps)
     return (y.to(q.dtype),)
 
 

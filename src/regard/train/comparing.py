@@ -143,7 +143,7 @@ def train_one(
 ) -> Outcome:
     """Train one contender, go on with a run that was stopped, or load one that is finished; ``tell`` is told which.
 
-    Files of the run that are damaged are set aside, ``tell`` is given a sentence for each, and what they held is computed again.
+    Damaged files of the run are set aside, ``tell`` is given a sentence for each, and what they held is computed again.
     """
     folder = settings.folder(contender)
     model = settings.build(contender)
