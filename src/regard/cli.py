@@ -5,6 +5,7 @@ The commands are in :mod:`regard.commands`, which is loaded under this roof: an 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -41,7 +42,8 @@ class _Interrupts:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    words, problem = "stopped", None  # type: str, str | None
+    words = "stopped"
+    problem: str | None = None
     with _Interrupts() as interrupts:
         try:
             from . import commands
@@ -61,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
             problem = words if code == STOPPED else None
     if problem is not None:
         print(problem, file=sys.stderr, flush=True)
+    if interrupts.came and code == STOPPED:
+        sys.stdout.flush()
+        os._exit(STOPPED)  # Python ends by the signal instead where it came within an `exec`, of which imports have many
     sys.exit(code)
 
 

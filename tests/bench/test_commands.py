@@ -69,8 +69,8 @@ def test_backbones_equal_float64_in_inference_and_training(capsys, tmp_path) -> 
     [
         (("ops", "windoww"), "unknown cases 'windoww'; there are neighborhood, window,"),
         (("models", "swan-t"), "unknown backbones 'swan-t'; there are swin-t, dinat-t,"),
-        (("ops", "--threads", "0"), "threads must be positive numbers joined by commas, such as 1,2; got '0'"),
-        (("ops", "--minutes", "0"), "minutes must be positive; got 0"),
+        (("ops", "--threads", "0"), "threads must be numbers from 1 to 999 joined by commas, such as 1,2; got '0'"),
+        (("ops", "--minutes", "0"), "minutes must be a positive number; got 0"),
         (("ops", "--peers", "nattn"), "unknown peers 'nattn'; there are flex, timm, natten"),
         (("page", "--results", "/nowhere/at/all"), "no results under /nowhere/at/all"),
     ],
