@@ -215,7 +215,7 @@ def test_hilo_is_faster_than_dense_attention_at_1024_tokens():
     ("options", "told"),
     [
         ({"alpha": 1.5}, "alpha=1.5"),
-        ({"window_size": 0}, "window_size=0"),
+        ({"window_size": 0}, "window_size must be at least 1; got int 0"),
         ({"pad": "zero"}, "got 'zero'"),
         ({"heads": 3}, "dim=16, heads=3"),
     ],
@@ -280,10 +280,7 @@ def test_parameter_counts_equal_the_closed_form_and_the_published(name):
 def test_multiply_adds_are_the_published_ones(name):
     card = model_card(name)
     model = create_model(name, device="meta")
-    merging = sum(
-        (card.input_size // 4 // 2 ** (i + 1)) ** 2 * model.stages[i + 1].downsample.conv.weight.numel() for i in range(3)
-    )
-    assert multiply_adds(model, card.input_size) + merging / 1e9 == pytest.approx(card.gmacs, rel=0.02)
+    assert multiply_adds(model, card.input_size) == pytest.approx(card.gmacs, rel=0.02)
 
 
 def test_official_names_are_those_of_the_release():

@@ -214,9 +214,9 @@ def test_every_part_of_a_block_is_a_residual_branch_of_its_own():
 
 
 def test_wrong_tables_are_told():
-    with pytest.raises(ValueError, match=r"strip and ratio at least 1; got dim=10, heads=4, strip=1, ratio=2"):
+    with pytest.raises(ValueError, match=r"dim must be a positive multiple of heads; got dim=10, heads=4"):
         create_mixer("strip", dim=10, heads=4)
-    with pytest.raises(ValueError, match=r"pool must be 'conv' or 'mean'; got 'max'"):
+    with pytest.raises(ValueError, match=r"pool must be one of conv, mean; got 'max'"):
         create_mixer("strip", dim=8, heads=4, pool="max")
     with pytest.raises(ValueError, match=r"ratios must be at least as many as stages; got \(2,\) for \(2, 2, 6, 2\)"):
         create_model("s2aformer_t", ratios=(2,), device="meta")
