@@ -157,7 +157,7 @@ def test_tokens_of_another_dtype_than_the_weights_are_refused_in_one_sentence(na
     mixer = create_mixer(name, dim=16, heads=4, dtype=torch.float64, **OPTIONS.get(name, {}))
     if not list(mixer.parameters()):
         return
-    with pytest.raises((ValueError, TypeError), match="input in float32 and weights in float64"):
+    with pytest.raises((ValueError, TypeError), match="float64, as the weights are; got a float32"):
         mixer(torch.randn(2, 6, 7, 16))
 
 

@@ -59,9 +59,9 @@ def test_other_types_and_autocast_keep_their_meaning():
     assert affine(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert affine(x, weight, bias).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="tokens must be bfloat16, as the weights are; got a float32"):
         affine(x, weight.bfloat16(), bias)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="tokens must have 16 channels"):
         affine(x[..., :8], weight, bias)
 
 

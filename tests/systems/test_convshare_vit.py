@@ -305,7 +305,7 @@ def test_passes_are_pairs_of_map_and_kernel_over_the_tiles_of_a_plane():
     [
         ({"kernel_size": 5}, r"kernel_size must be in 1\.\.4, the side of a map; got 5"),
         ({"kernel_size": 2, "padding": "same"}, r"must be odd and in 1\.\.4.* got 2"),
-        ({"padding": "full"}, "padding must be 'valid' or 'same'; got 'full'"),
+        ({"padding": "full"}, "padding must be one of valid, same; got 'full'"),
         ({"dim": 20}, "dim must be a multiple of 16, the channels of a map; got 20"),
         ({"out": 18}, "out must be a multiple of 4, the channels of a map; got 18"),
     ],
@@ -321,5 +321,5 @@ def test_wrong_places_planes_and_tilings_are_told():
     conv = TokenConv(16, 16, 3, side=4)
     with pytest.raises(ValueError, match="a tile has 4 x 4 pixels; the plane has 3 x 100"):
         conv.passes(4, (3, 100))
-    with pytest.raises(ValueError, match="'token' or 'kernel' or 'mixed'; got 'channel'"):
+    with pytest.raises(ValueError, match="tiling must be one of token, kernel, mixed; got 'channel'"):
         conv.passes(4, tiling="channel")

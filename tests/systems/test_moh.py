@@ -226,7 +226,7 @@ def test_a_model_trains_with_one_loss_per_block():
         ({"shared": 7, "routed": 0}, "shared=7, routed=0"),
         ({"shared": 2, "routed": 5}, "shared=2, routed=5"),
         ({"shared": 2, "routed": 0}, "1 to all of the others routed; got shared=2, routed=0"),
-        ({"router": "random"}, "'linear' or 'query_norm'; got 'random'"),
+        ({"router": "random"}, "router must be one of linear, query_norm; got 'random'"),
         ({"shared": 5, "routed": 1, "router": "query_norm"}, "single routed head"),
     ],
 )
@@ -285,7 +285,7 @@ def test_the_loss_is_collected_in_the_same_way_on_every_host(mixed, plain, optio
 
 @pytest.mark.parametrize("mixed", [MixtureOfCosineHeads, MixtureOfAggregatedHeads])
 def test_queries_of_one_length_cannot_be_chosen_by_it(mixed):
-    with pytest.raises(ValueError, match="router must be 'linear'; got 'query_norm'"):
+    with pytest.raises(ValueError, match="router must be one of linear; got 'query_norm'"):
         mixed(DIM, HEADS, router="query_norm")
 
 

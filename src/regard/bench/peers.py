@@ -101,20 +101,21 @@ def choose_peers(names: Sequence[str] | None, install: bool = False) -> tuple[st
 
 
 def load_timm() -> ModuleType:
-    """Import timm.
-
-    It imports torchvision, which registers shape functions for its compiled operators; next to a torch build that they were
-    not compiled for they are missing, and no backbone needs them, so that empty schemas do.
-    """
+    """Import timm."""
     _look_in_folder()
+    return importlib.import_module("timm")
+
+
+def _look_in_folder() -> None:
+    """Let imports find the folder of peers from now on.
+
+    torchvision, which timm and other libraries import once they find it, registers shape functions for its compiled operators.
+    Next to a torch build that those were not compiled for they are missing; no backbone needs them, so that empty schemas do.
+    """
+    if (folder := str(peers_folder())) not in sys.path:
+        sys.path.append(folder)
     if importlib.util.find_spec("torchvision") and not _KEPT and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for name in _TORCHVISION_OPERATORS:
             library.define(f"{name}() -> ()")
         _KEPT.append(library)
-    return importlib.import_module("timm")
-
-
-def _look_in_folder() -> None:
-    if (folder := str(peers_folder())) not in sys.path:
-        sys.path.append(folder)

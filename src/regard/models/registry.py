@@ -23,8 +23,8 @@ from ..names import check_options, options_of, unknown_name
 from .builder import Backbone, BackboneSpec, FeatureBackbone, MixerChoice
 from .checkpoints import load_checkpoint
 
-LOWEST = {"shared": 0, "routed": 0}
-"""Options of tables that may be smaller than 1."""
+LOWEST = {"shared": 0, "routed": 0, "prune_at": 0, "reduce_at": 0}
+"""Options of tables that may be smaller than 1: counts of heads that may be none, and numbers of blocks."""
 _CARDS: dict[str, ModelCard] = {}
 
 

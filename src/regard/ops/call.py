@@ -213,7 +213,8 @@ def check_sink(q: Tensor, sink: Tensor | float | None) -> None:
     if sink is None:
         return
     if not isinstance(sink, Tensor):
-        check_number("sink", sink)
+        if not (isinstance(sink, float) and math.isinf(sink)):  # none at all, and one that takes everything
+            check_number("sink", sink)
         return
     check_tensor("sink", sink, (*FLOATS, *INTEGERS), device=q.device, what="of one number per head")
     if tuple(sink.shape) not in ((), (1,), (q.shape[-2],)):

@@ -161,9 +161,9 @@ def train_one(
         torch.manual_seed(settings.recipe.seed)
         clock = _Clock(folder / "seconds.json", tell)
         telling = Telling(contender.label, settings.recipe.epochs, tell)
-        if not progress:
-            tell(f"{contender.label}: training for {counted(settings.recipe.epochs, 'epoch')}")
         try:
+            if not progress:
+                tell(f"{contender.label}: training for {counted(settings.recipe.epochs, 'epoch')}")
             with clock:
                 module = fit(
                     model, settings.data, settings.recipe, folder, name=contender.label, progress=progress,

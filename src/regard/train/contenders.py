@@ -110,5 +110,4 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     constructor = mixer_class(name)
     ours = ("dim", "heads", "device", "dtype")
     allowed = [option for option in options_of(constructor) if option not in ours]
-    if not getattr(constructor, "takes_any", False):
-        check_options("mixer", name, options, allowed)
+    check_options("mixer", name, options, allowed)

@@ -5,12 +5,12 @@ Cost: none. Source: Yu et al., MetaFormer baselines, arXiv:2210.13452.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...checks import checked
-from .base import check_sizes_of, check_tokens
+from .base import AttentionMixer, check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
@@ -20,11 +20,11 @@ class IdentityMixer(nn.Module):
 
     Args:
         dim, heads: taken so that it may stand in for any mixer.
-        **projections: likewise.
+        **projections: likewise, those of :class:`AttentionMixer`.
     """
 
     joins_extra = False
-    takes_any = True
+    hands_to: ClassVar[type] = AttentionMixer
 
     @checked()
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:

@@ -40,9 +40,8 @@ def create_mixer(name: str, **arguments) -> nn.Module:
     """
     constructor = mixer_class(name)
     options = options_of(constructor)
-    if not getattr(constructor, "takes_any", False):
-        last = [option for option in ("dim", "heads", "device", "dtype") if option in options]
-        check_options("mixer", name, arguments, [*(option for option in options if option not in last), *last])
+    last = [option for option in ("dim", "heads", "device", "dtype") if option in options]
+    check_options("mixer", name, arguments, [*(option for option in options if option not in last), *last])
     missing = [o for o, p in options.items() if p.default is p.empty and o not in arguments]
     if missing:
         raise ValueError(f"mixer {name} needs {', '.join(missing)}; got {', '.join(arguments) or 'no options'}")
