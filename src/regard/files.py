@@ -115,10 +115,11 @@ def check_folder(name: str, path: Path) -> Path:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an error says, in one line without control characters; its kind where it says nothing."""
+    """What an error says, in one line without control characters; its kind where it says nothing of the file."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in plain).split())
-    text = text or type(error).__name__
+    if not text or isinstance(error, (AttributeError, LookupError, RecursionError)):  # those speak of the reader's insides
+        text = f"what is in it is damaged ({type(error).__name__})"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -74,7 +75,7 @@ def clear(
     if len(said) > MOST_LETTERS or "\n\n" in said.strip():
         raise Wrong(f"more than a paragraph ({len(said)} letters): {label}")
     own = "unexpected keyword argument" in said or "required positional argument" in said  # Python names the argument itself
-    if not own and (found := internal.search(said)):
+    if not own and (found := internal.search(said)) and not any(found.group() in word for word in words):
         raise Wrong(f"words of the inside ({found.group()!r}): {label}")
     if words and not any(word in said for word in words):
         raise Wrong(f"does not quote what was given ({' / '.join(words[:3])}): {label}")
@@ -88,6 +89,7 @@ def quotable(value: Any, depth: int = 0) -> Iterable[str]:
     if isinstance(value, Tensor):
         yield str(value.dtype).removeprefix("torch.")
         yield str(tuple(value.shape))
+        yield from (f"{n} " for n in value.shape)
         if value.device.type != "cpu":
             yield value.device.type
         if value.layout != torch.strided:
@@ -113,7 +115,13 @@ def quotable(value: Any, depth: int = 0) -> Iterable[str]:
         yield text[:24] if len(text) > 30 else text
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         yield str(int(value))
-    if isinstance(value, (list, tuple, set, dict)) and depth < 1:
-        yield from ("empty", "no ", "at least one") if not value else ()
+    if isinstance(value, os.PathLike):
+        yield os.fspath(value)
+    if isinstance(pattern := getattr(value, "pattern", None), object) and hasattr(value, "table"):
+        yield from quotable(pattern, depth + 1)
+    if isinstance(value, str) and len(value) >= 60:
+        yield value[:24]
+    if isinstance(value, (list, tuple, set, dict)) and depth < 2:
+        yield from ("empty", "none", "no ", "at least one") if not value else (f"{len(value)} ",)
         for entry in list(value)[:4]:
             yield from quotable(entry, depth + 1)

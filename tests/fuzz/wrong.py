@@ -464,6 +464,8 @@ def mixing(rng: np.random.Generator) -> Broken:
             "proj_drop": lambda: choose(rng, no_number(rng), 1.5, -0.1),
             "backend": lambda: no_word(rng, "tiled"),
         }.get(slot, lambda: no_sizes(rng, 2))()
+    if slot in ("kernel_size", "window_size"):  # a mixer on its own does not know how many axes it will meet
+        return Broken("create_mixer", slot, wrong, lambda: create_mixer(**arguments)(torch.zeros(1, 4, 4, 16)))
     return Broken("create_mixer", slot, wrong, lambda: create_mixer(**arguments))
 
 

@@ -123,7 +123,7 @@ def create_model(
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(f"pretrained must be the path of a checkpoint; got {shown(pretrained)}")
     if pretrained is True:
-        raise ValueError("nothing is downloaded: pass pretrained=PATH, a checkpoint under regard's, official or timm names")
+        raise ValueError("nothing is downloaded: pass the path of a checkpoint (regard's, official or timm names); got True")
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices goes with features_only=True; got {shown(out_indices)}")
     if out_indices is not None and out_indices not in ([], ()):  # none at all is answered with the stages there are

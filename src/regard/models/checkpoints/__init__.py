@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...checks import check_flag, check_text, shown
 from ...files import whole_file
 from .files import open_checkpoint, read_state_dict, some
 from .fitting import HEADS, adapt, find_reading, unfit
@@ -128,6 +129,13 @@ def load_checkpoint(
         ValueError: an unreadable file; missing, unexpected or misshapen tensors, or such that are not finite or not of the
             model's kind of number (booleans, complex or whole numbers for real ones); the error lists them.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {shown(model)}")
+    if key is not None:
+        check_text("key", key)
+    check_flag("new_head", new_head)
+    if not isinstance(layouts, Sequence) or not all(isinstance(each, Layout) for each in layouts):
+        raise TypeError(f"layouts must be a list of layouts; got {shown(layouts)}")
     opened = open_checkpoint(source, key)
     expected = model.state_dict()
     unused: frozenset[str] = getattr(model, "unused_keys", frozenset())

@@ -88,7 +88,9 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[Any, object], key: 
     where, pad = "the checkpoint", None
     content: object = source
     if isinstance(source, (str, os.PathLike)):
-        where = str(source)
+        where = os.fspath(source)
+        if not where:
+            raise ValueError("a checkpoint is a path or a dictionary of tensors; got str ''")
         content, pad = _read_file(Path(source))
     elif not isinstance(source, Mapping):
         raise TypeError(f"a checkpoint is a path or a dictionary of tensors; got {type(source).__name__}")
