@@ -13,6 +13,8 @@ from types import FrameType
 
 STOPPED = 130
 """The exit code of a command that was interrupted."""
+AGAIN = 0.5
+"""Seconds after which an interrupt that came while modules were loaded, and may have been swallowed there, comes again."""
 WRONG = (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError)
 """What is raised for something that the user got wrong, or that the machine lacks."""
 
@@ -32,11 +34,23 @@ class _Interrupts:
 
     def __exit__(self, *_: object) -> None:
         if self._asked:
+            self._ask_again(0.0)
             signal.signal(signal.SIGINT, self._before)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         self.came = True
+        while frame is not None:
+            if "importlib" in frame.f_code.co_filename:  # who loads something optional goes on without it, after any error
+                self._ask_again(AGAIN)
+                break
+            frame = frame.f_back
         raise KeyboardInterrupt
+
+    def _ask_again(self, seconds: float) -> None:
+        """Come again after some seconds; 0 is never."""
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self._come if seconds else signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def main(arguments: list[str] | None = None) -> None:
