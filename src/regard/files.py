@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,11 +115,15 @@ def check_folder(name: str, path: Path) -> Path:
     return path
 
 
+_INSIDE = (AttributeError, LookupError, RecursionError, struct.error)
+"""What readers raise at damaged files in words of their insides."""
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error says, in one line without control characters; its kind where it says nothing of the file."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in plain).split())
-    if not text or isinstance(error, (AttributeError, LookupError, RecursionError)):  # those speak of the reader's insides
+    if not text or isinstance(error, _INSIDE):
         text = f"what is in it is damaged ({type(error).__name__})"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

@@ -77,7 +77,7 @@ def clear(
     own = "unexpected keyword argument" in said or "required positional argument" in said  # Python names the argument itself
     if not own and (found := internal.search(said)) and not any(found.group() in word for word in words):
         raise Wrong(f"words of the inside ({found.group()!r}): {label}")
-    if words and not any(word in said for word in words):
+    if words and not any(word.lower() in said.lower() for word in words):
         raise Wrong(f"does not quote what was given ({' / '.join(words[:3])}): {label}")
 
 
@@ -101,8 +101,8 @@ def quotable(value: Any, depth: int = 0) -> Iterable[str]:
         yield from ("None", "missing", "needs")
         return
     yield type(value).__name__
-    if isinstance(table := getattr(value, "table", None), Tensor):
-        yield from quotable(table)
+    if hasattr(value, "table"):
+        yield from quotable(value.table, depth + 1)
     if isinstance(value, str) and len(value) < 60:
         yield repr(value)[1:-1] or "''"
         yield value.split("(")[0].strip() or "''"

@@ -431,7 +431,8 @@ def mixer(name: str) -> torch.nn.Module | None:
 
 @cache
 def mixers() -> list[str]:
-    return [name for name in regard.list_mixers() if mixer(name) is not None]
+    """Those that compute something: what the identity is given it may return from any device."""
+    return [name for name in regard.list_mixers() if name != "identity" and mixer(name) is not None]
 
 
 def mixing(rng: np.random.Generator) -> Broken:

@@ -20,7 +20,7 @@ from .images import ImageSet, Samples, VisionData, decode_image
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
 LARGEST_DEFAULT_SIZE = 64
 
-BAD_LISTED = 5
+BAD_LISTED = 3
 """Unreadable images that an error names."""
 
 Items = list[Path | bytes]

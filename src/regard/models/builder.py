@@ -133,7 +133,7 @@ class BackboneSpec:
             ValueError: anything else, or a table whose mixers are ``fixed``.
         """
         if self.fixed:
-            raise ValueError(f"{self.fixed}: it takes no other mixer; got {mixer!r}")
+            raise ValueError(f"{self.fixed}: it takes no other mixer; got {shown(mixer)}")
         choices = mixer if isinstance(mixer, list) else [mixer]
         period = tuple(_block_spec(choice) for choice in choices)
         if not period:
@@ -158,7 +158,7 @@ def _block_spec(choice: object) -> BlockSpec:
         if taken:
             raise ValueError(f"dim and heads are the model's; mixer {choice[0]!r} was given {', '.join(sorted(taken))}")
         return BlockSpec(choice[0], dict(choice[1]))
-    raise ValueError(f"mixer must be a name, (name, options) or a list of these; got {choice!r}")
+    raise ValueError(f"mixer must be a name, (name, options) or a list of these; got {shown(choice)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..caches import Cache
-from ..checks import FLOATS, INTEGERS, LARGEST, check_integer, check_number, check_tensor, shown
+from ..checks import LARGEST, check_integer, check_number, check_tensor, shown
 from . import transforms
 from .footprint import Footprint
 from .patterns import Blocks, Causal, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, leaves, tensors_of
@@ -216,7 +216,7 @@ def check_sink(q: Tensor, sink: Tensor | float | None) -> None:
         if not (isinstance(sink, float) and math.isinf(sink)):  # none at all, and one that takes everything
             check_number("sink", sink)
         return
-    check_tensor("sink", sink, (*FLOATS, *INTEGERS), device=q.device, what="of one number per head")
+    check_tensor("sink", sink, device=q.device, what="of one number per head")
     if tuple(sink.shape) not in ((), (1,), (q.shape[-2],)):
         raise ValueError(f"sink must be a number or one per head, ({q.shape[-2]},); got {shown(sink)}")
 
