@@ -133,7 +133,8 @@ class BackboneSpec:
             ValueError: anything else, or a table whose mixers are ``fixed``.
         """
         if self.fixed:
-            raise ValueError(f"{self.fixed}: it takes no other mixer; got {shown(mixer)}")
+            given = repr(mixer) if isinstance(mixer, str) else shown(mixer)
+            raise ValueError(f"{self.fixed}: it takes no other mixer; got {given}")
         choices = mixer if isinstance(mixer, list) else [mixer]
         period = tuple(_block_spec(choice) for choice in choices)
         if not period:
