@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 STOPPED = 130
 """The exit code of a command that was interrupted."""
@@ -24,6 +25,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.came = False
+        self._alarm: Any = None  # whose alarms they were before
 
     def __enter__(self) -> _Interrupts:
         ours = threading.current_thread() is threading.main_thread()  # no other may ask for signals
@@ -34,23 +36,25 @@ class _Interrupts:
 
     def __exit__(self, *_: object) -> None:
         if self._asked:
-            self._ask_again(0.0)
+            if self._alarm is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+                signal.signal(signal.SIGALRM, self._alarm)
             signal.signal(signal.SIGINT, self._before)
 
     def _come(self, number: int, frame: FrameType | None) -> None:
         self.came = True
         while frame is not None:
             if "importlib" in frame.f_code.co_filename:  # who loads something optional goes on without it, after any error
-                self._ask_again(AGAIN)
+                self._ask_again()
                 break
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    def _ask_again(self, seconds: float) -> None:
-        """Come again after some seconds; 0 is never."""
+    def _ask_again(self) -> None:
         if hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self._come if seconds else signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            before = signal.signal(signal.SIGALRM, self._come)
+            self._alarm = before if self._alarm is None else self._alarm
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
 
 def main(arguments: list[str] | None = None) -> None:
