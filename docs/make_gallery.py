@@ -23,7 +23,7 @@ from regard.data import photograph
 from regard.layers.mixers import mixer_class
 from regard.ops import attend_weights
 from regard.ops.patterns import Pattern
-from regard.ops.route import affinity, summaries, top_k
+from regard.ops.tokens.route import affinity, summaries, top_k
 from regard.train import figures
 from regard.train.comparing import Look
 from regard.train.report import SMALL_COLUMNS

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from regard.models import create_model, save_checkpoint
-from regard.ops.native import library
+from regard.ops.compiled import library
 
 if lanes := os.environ.get("REGARD_LANES"):
     library.FLAGS += ({"4": "-march=x86-64", "8": "-march=x86-64-v3", "16": "-march=x86-64-v4"}[lanes],)

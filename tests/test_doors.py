@@ -14,17 +14,17 @@ import regard
 from regard import Source, attend, create_mixer, create_model, merge, plan
 from regard import patterns as P
 from regard.ops import attend_weights
-from regard.ops.call import HeadTable
+from regard.ops.attention.transposed import attend_transposed
+from regard.ops.calls.source import HeadTable
 from regard.ops.channel import channel_attend
-from regard.ops.deform import deform_sample, sample_points
-from regard.ops.kernels import apply_kernel, fold_windows, unfold_windows
+from regard.ops.local.deform import deform_sample, sample_points
+from regard.ops.local.kernels import apply_kernel, fold_windows, unfold_windows
+from regard.ops.local.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
 from regard.ops.mixture import balance_loss, chosen_attend, mixture, z_loss
-from regard.ops.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
-from regard.ops.permute import attend_permuted, from_tiles, to_tiles
-from regard.ops.rope import rope
-from regard.ops.route import affinity, block_sizes, summaries, top_k
-from regard.ops.transposed import attend_transposed
-from regard.ops.tree import dependency_tree, subtrees
+from regard.ops.tokens.permute import attend_permuted, from_tiles, to_tiles
+from regard.ops.tokens.rope import rope
+from regard.ops.tokens.route import affinity, block_sizes, summaries, top_k
+from regard.ops.tokens.tree import dependency_tree, subtrees
 
 X = torch.randn(1, 4, 6, 2, 8)
 LSE = torch.randn(1, 4, 6, 2)

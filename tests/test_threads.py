@@ -16,8 +16,8 @@ import regard
 from regard.bench import count
 from regard.bench.usage import flops
 from regard.lens import capture
-from regard.ops.observe import OBSERVERS, WATCHERS
-from regard.ops.transposed import attend_transposed
+from regard.ops.attention.transposed import attend_transposed
+from regard.ops.calls.observe import OBSERVERS, WATCHERS
 
 THREADS = 6
 ROUNDS = 4

@@ -40,9 +40,9 @@ import regard
 from regard import Source, attend
 from regard import patterns as P
 from regard.bench.harness import error, machine, short, summary, versions, write
-from regard.ops.backends import triton as triton_backend
-from regard.ops.call import HeadTable
-from regard.ops.weights import attend_weights
+from regard.ops.attention.weights import attend_weights
+from regard.ops.backends.triton import backend as triton_backend
+from regard.ops.calls.source import HeadTable
 
 RESULTS = Path(__file__).parents[1] / "results"
 Run = Callable[[], object]

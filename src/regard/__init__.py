@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .layers.mixers import create_mixer, list_mixers
     from .models import create_model, list_models, load_checkpoint
     from .ops import Source, attend, merge, patterns
-    from .ops.planning import backends, plan
+    from .ops.attention.planning import backends, plan
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "attend": "ops",
-    "backends": "ops.planning",
+    "backends": "ops.attention.planning",
     "cache_info": "caches",
     "clear_caches": "caches",
     "create_mixer": "layers.mixers",
@@ -51,7 +51,7 @@ _HOMES = {
     "load_checkpoint": "models",
     "merge": "ops",
     "patterns": "ops",
-    "plan": "ops.planning",
+    "plan": "ops.attention.planning",
     "Source": "ops",
 }
 _ROOMS = ("bench", "layers", "lens", "models", "ops")

@@ -223,7 +223,7 @@ def plan(
 ) -> None:
     """How an attention would run and what it would cost."""
     places, cut = _grid(grid), _tiles(tiles)
-    from .ops.planning import plan as make_plan
+    from .ops.attention.planning import plan as make_plan
 
     made = make_plan(
         pattern, places, batch=batch, heads=heads, head_dim=head_dim, dtype=_dtype(dtype), device=_device_named(device),

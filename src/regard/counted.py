@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 COUNTER = "torch.utils.flop_counter"
-OPERATORS = ("regard.ops", "regard.ops.affine", "regard.ops.linear", "regard.ops.neighbors")
+OPERATORS = ("regard.ops", "regard.ops.affine", "regard.ops.linear.attend", "regard.ops.local.neighbors")
 """Modules whose import registers all formulas."""
 
 _WAITING: list[tuple[Any, Callable[..., int]]] = []

@@ -144,7 +144,7 @@ def test_the_table_shows_layers_patterns_and_the_total():
 
 
 def test_nothing_is_observed_afterwards():
-    from regard.ops.observe import OBSERVERS
+    from regard.ops.calls.observe import OBSERVERS
 
     with pytest.raises(RuntimeError), count() as cost:
         raise RuntimeError

@@ -7,7 +7,7 @@ from regard import Source, attend, create_mixer, list_mixers
 from regard import patterns as P
 from regard.bench import count
 from regard.bench.usage import flops
-from regard.ops.observe import OBSERVERS
+from regard.ops.calls.observe import OBSERVERS
 
 
 @pytest.mark.parametrize("name", list_mixers())

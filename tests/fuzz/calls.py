@@ -15,8 +15,8 @@ import regard
 from regard import Source, attend, merge
 from regard.ops import attend_weights
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
-from regard.ops.linear import LinearState, linear_attend
+from regard.ops.calls.source import HeadTable
+from regard.ops.linear.attend import LinearState, linear_attend
 
 from . import oracle
 from .judging import TOLERANCES, Refused, Wrong, same

@@ -17,8 +17,8 @@ import regard
 from regard import Source, attend, create_mixer, create_model, load_checkpoint, merge
 from regard.ops import attend_weights
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
-from regard.ops.linear import LinearState, linear_attend
+from regard.ops.calls.source import HeadTable
+from regard.ops.linear.attend import LinearState, linear_attend
 
 from .judging import Wrong, clear, quotable
 from .sets import choose

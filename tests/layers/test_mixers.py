@@ -19,8 +19,8 @@ import regard
 from regard import create_mixer, list_mixers
 from regard import patterns as P
 from regard.layers.mixers import AttentionMixer
-from regard.ops import route
-from regard.ops.rope import rope
+from regard.ops.tokens import route
+from regard.ops.tokens.rope import rope
 
 MIXERS = [
     ("aggregated", {"ratio": 2}),

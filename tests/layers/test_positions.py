@@ -13,7 +13,7 @@ from regard import patterns as P
 from regard.layers.conv import convolve_tokens
 from regard.layers.conv import depthwise as depthwise_conv
 from regard.layers.positions import ConvPosition, OffsetBias, RotaryPositions, ValueConv, resize_offset_table, sincos
-from regard.ops.rope import rope
+from regard.ops.tokens.rope import rope
 
 
 @pytest.mark.parametrize(("grid", "width"), [((5,), 8), ((3, 4), 12), ((2, 3, 2), 6)])

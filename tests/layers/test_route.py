@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from regard.ops import route
+from regard.ops.tokens import route
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import regard
 from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture
-from regard.ops.kernels import apply_kernel
-from regard.ops.observe import OBSERVERS, WATCHERS, within
-from regard.ops.transposed import attend_transposed
+from regard.ops.attention.transposed import attend_transposed
+from regard.ops.calls.observe import OBSERVERS, WATCHERS, within
+from regard.ops.local.kernels import apply_kernel
 
 STATIC = [
     P.Dense(),

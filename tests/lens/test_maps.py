@@ -11,8 +11,8 @@ from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture, image_map
 from regard.models.registry import model_card
-from regard.ops.footprint import Footprint
-from regard.ops.observe import OBSERVERS, within
+from regard.ops.calls.footprint import Footprint
+from regard.ops.calls.observe import OBSERVERS, within
 
 PATTERNS = [
     P.Dense(), P.Causal(), P.Window(3, shift=1), P.Window(4), P.Neighborhood(3, dilation=2),

@@ -10,7 +10,7 @@ from torch import nn
 from regard import Source, attend, create_mixer
 from regard import patterns as P
 from regard.lens import capture, distance, effective_rank, entropy, head_similarity
-from regard.ops.footprint import Footprint
+from regard.ops.calls.footprint import Footprint
 
 KIND = torch.float64
 

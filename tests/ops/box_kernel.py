@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from regard.ops.triton.attention import _window_box
+from regard.ops.backends.triton.kernels import _window_box
 
 
 @triton.jit

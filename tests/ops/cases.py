@@ -11,8 +11,8 @@ from torch import Tensor
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.backends import native
-from regard.ops.call import HeadTable
+from regard.ops.backends.native import backend as native
+from regard.ops.calls.source import HeadTable
 
 FASTEST = "native" if native.available() is None else "tiled"
 """The backend on tiles that is chosen on a CPU, for float32 and below."""

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from regard import attend, clear_caches
 from regard.ops import patterns as P
-from regard.ops import tile_attention, tiles
 from regard.ops.backends import dense, tiled
-from regard.ops.call import HeadTable
+from regard.ops.calls.source import HeadTable
+from regard.ops.tiles import chunks as tiles
+from regard.ops.tiles import products as tile_attention
 
 from .cases import FASTEST, Case, assert_equal, cases, results
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from regard import Source, attend
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
+from regard.ops.calls.source import HeadTable
 
 from . import naive
 from .cases import blocks, cases, clusters, sizes, static

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.ops.deform import deform_sample, sample_points
+from regard.ops.local.deform import deform_sample, sample_points
 
 
 def naive_sample(v, points):

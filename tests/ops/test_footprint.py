@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard.layers.pools import PoolKV
-from regard.ops.footprint import Footprint
+from regard.ops.calls.footprint import Footprint
 
 
 @pytest.mark.parametrize(

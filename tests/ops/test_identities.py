@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regard import Source, attend, merge
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
+from regard.ops.calls.source import HeadTable
 
 from . import naive
 from .cases import sizes, static

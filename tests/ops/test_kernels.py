@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.ops.kernels import apply_kernel, fold_windows, unfold_windows
+from regard.ops.local.kernels import apply_kernel, fold_windows, unfold_windows
 from regard.ops.patterns import Neighborhood
 
 CASES = [  # grid, size, dilation

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from regard.bench import count
 from regard.lens import capture
-from regard.ops import linear, linear_chunks, linear_spans
-from regard.ops.linear import LinearState, linear_attend, linear_weights
-from regard.ops.linear_features import CosineFeatures, RandomFeatures
+from regard.ops.linear import attend as linear
+from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import spans as linear_spans
+from regard.ops.linear.attend import LinearState, linear_attend, linear_weights
+from regard.ops.linear.features import CosineFeatures, RandomFeatures
 
 PHI = {
     "none": lambda x: x,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.ops.linear import LinearState, linear_attend, linear_weights
-from regard.ops.linear_features import CosineFeatures, RandomFeatures
+from regard.ops.linear.attend import LinearState, linear_attend, linear_weights
+from regard.ops.linear.features import CosineFeatures, RandomFeatures
 
 BACKENDS = ["naive", "chunked", "auto"]
 """The last is native where that is compiled and can."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from regard import Source, attend
 from regard.ops import patterns as P
-from regard.ops.backends import native as backend
-from regard.ops.call import HeadTable
-from regard.ops.native import attention, library, tiles
+from regard.ops.backends.native import attention, backend
+from regard.ops.backends.native import tables as tiles
+from regard.ops.calls.source import HeadTable
+from regard.ops.compiled import library
 
 from .cases import Case, assert_equal, results
 

@@ -9,10 +9,12 @@ import torch
 
 from regard import Source, attend
 from regard.ops import patterns as P
-from regard.ops.backends import native, tiled
-from regard.ops.native import attention, linear
-from regard.ops.native.attention import TileSet
-from regard.ops.tiling import tile_plan
+from regard.ops.backends import tiled
+from regard.ops.backends.native import attention
+from regard.ops.backends.native import backend as native
+from regard.ops.backends.native.attention import TileSet
+from regard.ops.linear import native as linear
+from regard.ops.tiles.plan import tile_plan
 
 COMPILED = pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")
 FAST = [pytest.param("native", marks=COMPILED), "tiled"]

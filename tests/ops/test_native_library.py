@@ -15,7 +15,7 @@ import torch
 
 import regard
 from regard import attend
-from regard.ops.native import library
+from regard.ops.compiled import library
 
 pytestmark = pytest.mark.skipif(
     library.why_not() is not None, reason=f"needs a C compiler that works here: {library.why_not()}"

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.ops import linear_chunks
-from regard.ops.linear import LinearState, linear_attend
-from regard.ops.native import library, missing
-from regard.ops.native import linear as native
+from regard.ops.compiled import library, missing
+from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import native
+from regard.ops.linear.attend import LinearState, linear_attend
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
 

@@ -18,9 +18,9 @@ import torch
 
 from regard import Source, attend
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
-from regard.ops.linear import LinearState, linear_attend
-from regard.ops.native import library
+from regard.ops.calls.source import HeadTable
+from regard.ops.compiled import library
+from regard.ops.linear.attend import LinearState, linear_attend
 
 CALLS = 400
 SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
@@ -191,7 +191,7 @@ def _with_gradients(run, leaves: list[torch.Tensor], backend: str) -> list[torch
 if __name__ == "__main__":
     loaded = library.opened(Path(sys.argv[1]))
     library._looked_for = lambda: loaded
-    from regard.ops.native import attention as compiled
+    from regard.ops.backends.native import attention as compiled
 
     compiled.SMALL = 0  # several threads whatever the size
     for call in range(CALLS):

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
-from regard.ops.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
+from regard.ops.calls.source import HeadTable
+from regard.ops.local.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
 
 CASES = [
     ((11,), P.Neighborhood(4, dilation=2)),

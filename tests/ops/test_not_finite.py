@@ -11,9 +11,9 @@ from torch import Tensor
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.backends import native
-from regard.ops.call import HeadTable
-from regard.ops.linear import linear_attend
+from regard.ops.backends.native import backend as native
+from regard.ops.calls.source import HeadTable
+from regard.ops.linear.attend import linear_attend
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from regard import Source, attend, merge
 from regard import patterns as P
-from regard.ops.backends import native
-from regard.ops.call import HeadTable
-from regard.ops.neighbors import neighbor_scores, neighbor_sum
-from regard.ops.weights import attend_weights
+from regard.ops.attention.weights import attend_weights
+from regard.ops.backends.native import backend as native
+from regard.ops.calls.source import HeadTable
+from regard.ops.local.neighbors import neighbor_scores, neighbor_sum
 
 from . import naive
 

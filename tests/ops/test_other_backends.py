@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from regard import Source, attend
 from regard.ops import patterns as P
 from regard.ops.backends import flex, natten
-from regard.ops.call import Call, HeadTable, break_up
-from regard.ops.dispatch import choose
+from regard.ops.backends.choice import choose
+from regard.ops.calls.call import Call
+from regard.ops.calls.lower import break_up
+from regard.ops.calls.source import HeadTable
 
 from .cases import Case, cases, per_axis
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from regard import Source, attend, merge
 from regard.ops import attend_weights
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
+from regard.ops.calls.source import HeadTable
 
 from .cases import sizes, static
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import regard
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.dispatch import BACKENDS
-from regard.ops.planning import Plan
-from regard.ops.tiling import tile_plan
+from regard.ops.attention.planning import Plan
+from regard.ops.backends.choice import BACKENDS
+from regard.ops.tiles.plan import tile_plan
 
 from . import naive
 from .cases import FASTEST, Case, cases

@@ -13,7 +13,7 @@ import torch
 from regard import attend
 from regard import patterns as P
 from regard.layers.positions import OffsetBias
-from regard.ops.pool import run_all
+from regard.ops.tiles.threads import run_all
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_an_error_comes_out_and_the_pool_goes_on_working(caller, three_threads):
     "pattern", [P.Neighborhood(5), P.Neighborhood(3, dilation=2), P.Axis(0) | P.Axis(1), P.Halo(4, 2)], ids=repr
 )
 def test_attention_and_all_gradients_are_those_of_one_thread(pattern, shared, three_threads, monkeypatch):
-    monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)  # many pieces, whose keys overlap
+    monkeypatch.setattr("regard.ops.tiles.chunks.BUFFER", 1 << 11)  # many pieces, whose keys overlap
     monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0 if shared else math.inf)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 19, 17, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -137,7 +137,7 @@ def _child(connection, q):
 
 
 def test_a_forked_process_has_threads_of_its_own(three_threads, monkeypatch):
-    monkeypatch.setattr("regard.ops.tiles.BUFFER", 1 << 11)
+    monkeypatch.setattr("regard.ops.tiles.chunks.BUFFER", 1 << 11)
     monkeypatch.setattr("regard.ops.backends.tiled.SHARED_FLOPS", 0)
     q = torch.randn(1, 20, 20, 2, 8)
     mine = float(attend(q, q, q, P.Neighborhood(5), backend="tiled").double().sum())  # the pool is there before the fork

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import regard
 from regard.ops import patterns as P
 from regard.ops.backends import flex
-from regard.ops.call import Source, break_up
-from regard.ops.permute import from_tiles, to_tiles
-from regard.ops.simulator import walk_tiles
-from regard.ops.tiling import tile_plan
+from regard.ops.calls.lower import break_up
+from regard.ops.calls.source import Source
+from regard.ops.tiles.plan import tile_plan
+from regard.ops.tiles.simulator import walk_tiles
+from regard.ops.tokens.permute import from_tiles, to_tiles
 
 from . import naive
 from .cases import neighborhoods, sizes

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from regard import Source, attend
 from regard.layers.positions import OffsetBias
 from regard.ops import patterns as P
-from regard.ops.backends import native, tiled
+from regard.ops.backends import tiled
+from regard.ops.backends.native import backend as native
 
 STATIC = (
     "dense", "causal", "window(4)", "window(3, shift=1)", "neighborhood(3)", "neighborhood(5, dilation=2, stride=2)",

@@ -12,11 +12,11 @@ from torch.autograd import forward_ad
 import regard
 from regard import attend
 from regard import patterns as P
-from regard.ops.backends import native
-from regard.ops.call import HeadTable
-from regard.ops.deform import sample_points
-from regard.ops.linear import LinearState, linear_attend
-from regard.ops.neighbors import neighbor_scores, neighbor_sum
+from regard.ops.backends.native import backend as native
+from regard.ops.calls.source import HeadTable
+from regard.ops.linear.attend import LinearState, linear_attend
+from regard.ops.local.deform import sample_points
+from regard.ops.local.neighbors import neighbor_scores, neighbor_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 

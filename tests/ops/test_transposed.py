@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from regard.ops import attend_weights
-from regard.ops.call import Source
+from regard.ops.attention.transposed import attend_transposed
+from regard.ops.calls.source import Source
 from regard.ops.patterns import Axis, Blocks, Causal, Clusters, Dense, Grid, Neighborhood, PerHead, Window
-from regard.ops.transposed import attend_transposed
 
 GRID = (5, 6)
 LABELS = torch.arange(30).remainder(4)[None]

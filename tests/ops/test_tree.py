@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.ops.tree import dependency_tree, subtrees
+from regard.ops.tokens.tree import dependency_tree, subtrees
 
 
 def naive_tree(weights: list[list[float]]) -> list[int]:

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 
 from regard import Source, attend, plan
 from regard.ops import patterns as P
-from regard.ops.backends import triton as backend
-from regard.ops.triton import boxes
+from regard.ops.backends.triton import backend, boxes
 
 from .cases import Case, assert_equal, cases, results, static
 from .interpreted import HERE, TRITON, run_interpreted
@@ -406,7 +405,7 @@ def compiled(name: str, dim: int, size: tuple[int, int, int], folder: Path, desc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from regard.ops.triton import attention
+    from regard.ops.backends.triton import kernels as attention
 
     kernel = getattr(attention, {"forward": name, "queries": "backward_queries", "keys": "backward_keys"}[name])
     tile, box, warps = size

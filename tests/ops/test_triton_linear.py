@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.ops import linear_chunks
-from regard.ops.linear import linear_attend
+from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear.attend import linear_attend
 
 from .interpreted import HERE, TRITON, run_interpreted
 
@@ -164,7 +164,7 @@ def compiled(name: str, kind: str, dim: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from regard.ops.triton import linear
+    from regard.ops.linear import triton as linear
 
     kernel = getattr(linear, name)
     constants = {
@@ -232,7 +232,7 @@ def test_kernels_compile_for_hopper_without_spills(name, kind, dim, tmp_path):
 @TRITON
 def test_more_rows_than_the_second_axis_of_a_launch_holds_lie_on_the_first():
     """Only the first axis of a launch may have more than 65535 programs."""
-    linear = pytest.importorskip("regard.ops.triton.linear", reason="triton is not installed")
+    linear = pytest.importorskip("regard.ops.linear.triton", reason="triton is not installed")
     q = torch.empty(9000, 130, 8, 32, device="meta")
     of = linear._Scan(q, q, None, None, "identity", 64)
     for grid in (of.grid("D", "E"), linear._launch(q, 32, 32, "identity", "E")[0]):

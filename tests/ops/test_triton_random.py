@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from regard import attend
-from regard.ops.backends import triton as backend
-from regard.ops.call import HeadTable
+from regard.ops.backends.triton import backend
+from regard.ops.calls.source import HeadTable
 from regard.ops.patterns import Halo, Neighborhood, Window
 
 from .interpreted import HERE, TRITON, run_interpreted

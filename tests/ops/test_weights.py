@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from regard import Source, attend
-from regard.ops import attend_weights, weights
+from regard.ops import attend_weights
 from regard.ops import patterns as P
-from regard.ops.call import HeadTable
-from regard.ops.observe import OBSERVERS, Record
+from regard.ops.attention import weights
+from regard.ops.calls.observe import OBSERVERS, Record
+from regard.ops.calls.source import HeadTable
 
 from .cases import cases
 

@@ -10,7 +10,7 @@ from regard import create_model, list_models
 from regard.layers.pools import weighted_mean
 from regard.models import count_parameters, model_card
 from regard.models.dependency_vit import DependencyViT
-from regard.ops.tree import dependency_tree
+from regard.ops.tokens.tree import dependency_tree
 
 SIZES = {  # width, whether patches are dropped
     "dependency_vit_tiny": (192, False),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.models import FIT, FITAutoregressive, FITDenoiser, count_parameters
-from regard.ops.permute import to_tiles
+from regard.ops.tokens.permute import to_tiles
 from regard.train.measure import peak_memory
 
 GROUPS, SIZE, LATENTS = 3, 4, 2

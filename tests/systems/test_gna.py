@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from regard import attend, plan
 from regard.cli import main
 from regard.ops import patterns as P
-from regard.ops.permute import attend_permuted
-from regard.ops.simulator import walk_tiles
+from regard.ops.tiles.simulator import walk_tiles
+from regard.ops.tokens.permute import attend_permuted
 
 # --------------------------------------------------------------------------------------------------------------------
 # the operator

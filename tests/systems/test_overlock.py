@@ -12,7 +12,7 @@ from regard.layers.blocks import DropPath
 from regard.layers.conv_norm import ConvNorm, DilatedConvNorm, fuse
 from regard.models import count_parameters, export_state_dict, model_card
 from regard.models.overlock import ContextMixing
-from regard.ops.kernels import apply_kernel
+from regard.ops.local.kernels import apply_kernel
 
 DOUBLE = {"dtype": torch.float64}
 SIZES = {  # parameters in training; merged and without the overview's classifier; dims, depths, focus depths, focus heads

@@ -15,7 +15,7 @@ from regard.layers.mlps import ConvGLU
 from regard.layers.positions import PooledOffsetMLP
 from regard.models import count_parameters, model_card
 from regard.ops import Source, attend_weights
-from regard.ops.call import HeadTable
+from regard.ops.calls.source import HeadTable
 
 SIZES = {  # dim, depths, pooled stages, published parameters
     "transnext_micro": (48, (2, 2, 15, 2), 3, 12_809_304),

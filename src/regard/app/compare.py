@@ -21,7 +21,7 @@ from ..lens.captured import Map
 from ..lens.explain import at_place, centre
 from ..lens.maps import image_map
 from ..lens.pictures import Place, legend, marked, number, overlay, resized
-from ..ops.planning import plan
+from ..ops.attention.planning import plan
 from .mechanisms import build, load
 from .uploads import photo
 

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.call import Call, Source
-from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing, listening
+from ..ops.calls.call import Call
+from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening
+from ..ops.calls.source import Source
 from ..ops.patterns import Blocks, as_pattern, tensors_of
 from ..ops.trail import Trail
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..layers.mixers import create_mixer, list_mixers
-from ..ops import attend, route
+from ..ops import attend
 from ..ops import patterns as P
+from ..ops.attention.transposed import attend_transposed
 from ..ops.channel import channel_attend
-from ..ops.linear import linear_attend
-from ..ops.transposed import attend_transposed
+from ..ops.linear.attend import linear_attend
+from ..ops.tokens import route
 from .cases.scope import random
 from .harness import Run, interleave, short
 from .usage import peak_memory

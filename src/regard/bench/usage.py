@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.observe import OBSERVERS, Record, listening
+from ..ops.calls.observe import OBSERVERS, Record, listening
 from .cost import count
 
 OUTSIDE_ATTENTION = (

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..checks import check_sizes, check_tensor, checked
 from ..ops import attend
-from ..ops.footprint import Footprint
+from ..ops.calls.footprint import Footprint
 from ..ops.patterns import Ints
-from ..ops.route import summaries
+from ..ops.tokens.route import summaries
 from ..ops.tracing import check_fixed, fill
 from .conv import CONVOLUTIONS, convolve_tokens
 from .linear import linear
@@ -132,7 +132,7 @@ class PoolKV(nn.Module):
         return adaptive_pool(x, size) if self.kind == "adaptive" else resize_tokens(x, size)
 
     def footprint(self, grid: Sequence[int]) -> Footprint:
-        """Which tokens of a grid each pooled token stands for; see :class:`regard.ops.footprint.Footprint`."""
+        """Which tokens of a grid each pooled token stands for; see :class:`regard.ops.calls.footprint.Footprint`."""
         if self.kind in ("mean", "conv"):
             return Footprint(tuple(grid), "windows", self.ratio)
         return Footprint(tuple(grid), self.kind)

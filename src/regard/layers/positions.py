@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import checked
-from ..ops.call import HeadTable
+from ..ops.calls.source import HeadTable
 from ..ops.patterns import Dense, Ints, Pattern, Separable, as_pattern, grid_positions
-from ..ops.rope import rope
+from ..ops.tokens.rope import rope
 from .conv import convolve_tokens, depthwise
 from .linear import linear, taken_by
 from .pools import RESIZE_MODES, resize_tokens
@@ -328,7 +328,7 @@ class PositionTable(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Rotates queries and keys by their positions on the grid, see :func:`regard.ops.rope.rope`; no parameters.
+    """Rotates queries and keys by their positions on the grid, see :func:`regard.ops.tokens.rope.rope`; no parameters.
 
     Source: Su et al., RoFormer, arXiv:2104.09864; axial form for images: Heo et al., arXiv:2403.13298.
     """

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.observe import in_this_thread
+from ..ops.calls.observe import in_this_thread
 from .captured import Map
 from .places import Cells
 

@@ -24,8 +24,8 @@ from ..layers.mixers import AttentionMixer
 from ..layers.mixers.criss_cross import CrissCrossAttention
 from ..layers.mixers.hilo import HiLoAttention
 from ..layers.reduce import TokenMap
-from ..ops.footprint import Footprint
-from ..ops.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
+from ..ops.calls.footprint import Footprint
+from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
 from ..ops.patterns import Dense, as_pattern
 from ..ops.trail import Trail
 from .captured import Arrival, Backward, Map, Maps, check_limit, needed_bytes

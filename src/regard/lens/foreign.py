@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..layers.mixers import AttentionMixer
 from ..ops import Source
-from ..ops.observe import Record
+from ..ops.calls.observe import Record
 from ..ops.patterns import Dense
 from .kept import Kept, KeptAttention, KeptWeights, KeptWindows
 

@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..ops.call import HeadTable, Source
-from ..ops.heads import repeat_heads
-from ..ops.observe import Record, Weighing
-from ..ops.weights import weights_of
+from ..ops.attention.weights import weights_of
+from ..ops.calls.heads import repeat_heads
+from ..ops.calls.observe import Record, Weighing
+from ..ops.calls.source import HeadTable, Source
 
 
 class Kept(Protocol):
@@ -170,7 +170,7 @@ class KeptWeights:
 
 @dataclass(frozen=True, eq=False)
 class KeptWeighing:
-    """Another operator, see :class:`regard.ops.observe.Weighing`; derivatives by its weights are not known."""
+    """Another operator, see :class:`regard.ops.calls.observe.Weighing`; derivatives by its weights are not known."""
 
     weighing: Weighing
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.vit import TokenBlock, VisionTransformer
-from ..ops.observe import in_this_thread
+from ..ops.calls.observe import in_this_thread
 
 
 def path_names(model: VisionTransformer) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.footprint import Footprint
+from ..ops.calls.footprint import Footprint
 
 
 class Places(Protocol):

@@ -7,7 +7,7 @@ Cost: that of ViT, with two attentions a block. Source: Ding et al., DependencyV
 No code and no weights were released. Widths, depth, heads, temperature and the layers that drop patches are the paper's.
 Reconstructed are: selector and controller without biases, half the width inside the controller, patches dropped between
 attention and MLP, and layers counted from 1, so that blocks 1, 4, 7 and 10 of 0 to 11 drop them. How cycles of dependencies
-become trees is this library's, see :func:`regard.ops.tree.dependency_tree`.
+become trees is this library's, see :func:`regard.ops.tokens.tree.dependency_tree`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..layers.mixers import ReversedAttention
 from ..layers.reduce import TokenMap, TreeReducer
-from ..ops.tree import dependency_tree, subtrees
+from ..ops.tokens.tree import dependency_tree, subtrees
 from .registry import ModelCard, register_models
 from .vit import TokenBlock, TokenBlockSpec, TokenState, TransformerSpec, VisionTransformer, vit
 
@@ -117,7 +117,7 @@ class DependencyViT(VisionTransformer):
         """The dependency tree of the patches of each image.
 
         Its root is the patch that sends most over the blocks together, a parent the patch that most is sent to, see
-        :func:`regard.ops.tree.dependency_tree`.
+        :func:`regard.ops.tokens.tree.dependency_tree`.
 
         Args:
             image: ``(batch, in_chans, height, width)``.

@@ -19,7 +19,7 @@ from ..layers.mixers import MultiHeadAttention
 from ..layers.reduce import FusingReducer, TokenReducer, cosine_rate
 from ..ops import Source
 from ..ops import patterns as P
-from ..ops.weights import attend_weights
+from ..ops.attention.weights import attend_weights
 from .registry import ModelCard, register_models
 from .vit import TokenBlockSpec, TransformerSpec, VisionTransformer, vit
 

@@ -227,7 +227,7 @@ def _stem(in_dim: int, dim: int, factory: dict) -> Chain:
 class FIT(nn.Module):
     """The encoder: features of grouped tokens ``(batch, groups, group_size, in_dim)``, and its latents.
 
-    An image is grouped by :func:`regard.ops.permute.to_tiles`, so that a group is a tile.
+    An image is grouped by :func:`regard.ops.tokens.permute.to_tiles`, so that a group is a tile.
 
     Args:
         in_dim: channels of the input.

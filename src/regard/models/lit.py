@@ -20,7 +20,7 @@ from ..layers.mixers import HiLoAttention
 from ..layers.mlps import ConvMLP
 from ..layers.stems import PatchEmbed, pad_to_even
 from ..ops.affine import affine
-from ..ops.deform import sample_points
+from ..ops.local.deform import sample_points
 from .builder import BackboneSpec, BlockSpec, StageSpec
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models

@@ -27,7 +27,7 @@ from ..layers.linear import linear
 from ..layers.mlps import MLP
 from ..layers.positions import ConvPosition, OffsetBias
 from ..ops import patterns as P
-from ..ops.kernels import apply_kernel
+from ..ops.local.kernels import apply_kernel
 from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, Staged, StageSpec, stage_indices
 from .checkpoints import Layout, Rule
 from .registry import ModelCard, register_models

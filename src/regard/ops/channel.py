@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_tensors, shown
-from .observe import WATCHERS, Weighing, tell
+from .calls.observe import WATCHERS, Weighing, tell
 
 
 def _softmax_plus_one(scores: Tensor, dim: int) -> Tensor:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_integer, check_number, check_tensor, check_tensors
-from .call import check_scale
-from .observe import WATCHERS, Weighing, tell
+from .calls.lower import check_scale
+from .calls.observe import WATCHERS, Weighing, tell
 from .transforms import again, differentiated, fixed
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .observe import in_this_thread
+from .calls.observe import in_this_thread
 
 _HOOKS = threading.Lock()
 """Torch numbers its hooks with a plain counter: two that are registered at once could get one number and replace each other."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.linear import linear_attend, linear_weights
+from ...ops.linear.attend import linear_attend, linear_weights
 from ..harness import Contest, Run, Variant, worst_error
 from .scope import Case, Scope, random, sdpa, with_gradients
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops import attend, route
+from ...ops import attend
 from ...ops import patterns as P
+from ...ops.tokens import route
 from ..harness import Contest, Run, Variant
 from .scope import Case, Scope, against_definition, compiled_flex, gradients_against_definition, random, sdpa, with_gradients
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops import Source, attend
+from ...ops.attention.weights import attend_weights
 from ...ops.patterns import Pattern
-from ...ops.weights import attend_weights
 from ..harness import Contest, Run, error, worst_error
 
 Case = Callable[[], Contest | dict[str, Any]]

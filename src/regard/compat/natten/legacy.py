@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import Source, attend
-from ...ops.call import HeadTable
+from ...ops.calls.source import HeadTable
 from . import arguments, context, unfused
 from .arguments import Flags, Sizes, named, neighborhood
 from .functional import additional

@@ -5,7 +5,7 @@
 
 Tensors are ``(batch, heads, *grid, dim)``, the taps ``t`` in row-major order of the window. No scale is applied.
 
-Cost: see :mod:`regard.ops.neighbors`. Source: Hassani et al., NAT arXiv:2204.07143, DiNAT arXiv:2209.15001.
+Cost: see :mod:`regard.ops.local.neighbors`. Source: Hassani et al., NAT arXiv:2204.07143, DiNAT arXiv:2209.15001.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...ops.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
+from ...ops.local.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
 from .arguments import Flags, Sizes, named, neighborhood
 
 __all__ = [

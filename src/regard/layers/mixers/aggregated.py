@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
-from ...ops.call import HeadTable
-from ...ops.kernels import apply_kernel
+from ...ops.calls.source import HeadTable
+from ...ops.local.kernels import apply_kernel
 from ..linear import Chain, linear
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP

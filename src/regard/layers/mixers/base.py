@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...checks import LARGEST, check_choice, check_integer, check_number, check_tensor, checked
 from ...ops import Source, attend
-from ...ops.dispatch import BACKENDS
+from ...ops.backends.choice import BACKENDS
 from ...ops.patterns import Dense, Ints, Pattern
 from ..linear import linear, linear_part
 from ..positions import OffsetBias, RotaryPositions

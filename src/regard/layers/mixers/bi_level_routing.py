@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...checks import check_choice, checked
-from ...ops import Source, route
+from ...ops import Source
 from ...ops import patterns as P
-from ...ops.heads import repeat_heads
+from ...ops.calls.heads import repeat_heads
+from ...ops.tokens import route
 from ...ops.tracing import check_fixed, fill
 from ..positions import ValueConv
 from .base import AttentionMixer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, checked
 from ...ops import attend
-from ...ops.transposed import attend_transposed
+from ...ops.attention.transposed import attend_transposed
 from ..linear import linear
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...checks import checked
 from ...ops import attend
 from ...ops import patterns as P
-from ...ops.call import HeadTable
+from ...ops.calls.source import HeadTable
 from ...ops.tracing import fill
 from ..conv_norm import ConvNorm
 from ..positions import MirroredBias

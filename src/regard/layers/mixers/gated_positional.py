@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...checks import checked
 from ...ops import Source
-from ...ops.call import HeadTable
+from ...ops.calls.source import HeadTable
 from ...ops.patterns import Dense, grid_positions
 from ..linear import is_plain, linear, linear_part, taken_by
 from .base import AttentionMixer

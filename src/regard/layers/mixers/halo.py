@@ -14,7 +14,7 @@ from torch import Tensor
 from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
-from ...ops.footprint import Footprint
+from ...ops.calls.footprint import Footprint
 from ...ops.tracing import fill
 from ..positions import OffsetEmbedding
 from .base import AttentionMixer, per_axis

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, checked
 from ...ops import Source
-from ...ops.footprint import Footprint
+from ...ops.calls.footprint import Footprint
 from ...ops.patterns import Dense
 from ...ops.tracing import fill
 from ..pools import PoolKV

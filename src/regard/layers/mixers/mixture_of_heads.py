@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, checked
 from ...ops import Source
+from ...ops.calls.observe import OBSERVERS
 from ...ops.mixture import Mixture, balance_loss, chosen_attend, mixture
-from ...ops.observe import OBSERVERS
 from ..linear import linear
 from .aggregated import AggregatedAttention, CosineAttention
 from .base import AttentionMixer

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checks import checked
-from ...ops.kernels import fold_windows, unfold_windows
-from ...ops.observe import WATCHERS, Weighing, tell
+from ...ops.calls.observe import WATCHERS, Weighing, tell
+from ...ops.local.kernels import fold_windows, unfold_windows
 from ...ops.tracing import check_fixed
 from ..linear import linear
 from ..pools import PoolKV

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
-from ...ops.heads import repeat_heads
-from ...ops.transposed import attend_transposed
-from ...ops.weights import attend_weights
+from ...ops.attention.transposed import attend_transposed
+from ...ops.attention.weights import attend_weights
+from ...ops.calls.heads import repeat_heads
 from ..linear import linear
 from ..mlps import MLP
 from .base import AttentionMixer

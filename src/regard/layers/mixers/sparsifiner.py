@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...checks import checked
 from ...ops import Source
 from ...ops import patterns as P
-from ...ops.heads import repeat_heads
-from ...ops.weights import attend_weights
+from ...ops.attention.weights import attend_weights
+from ...ops.calls.heads import repeat_heads
 from ..linear import linear
 from ..positions import resize_offset_table
 from ..reduce import TokenMap, kept_count

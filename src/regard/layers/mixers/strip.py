@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checks import check_choice, check_integer, checked
 from ...ops import Source
-from ...ops.footprint import Footprint
+from ...ops.calls.footprint import Footprint
 from ...ops.patterns import Dense
 from ...ops.tracing import count_steps
 from ..pools import PoolKV

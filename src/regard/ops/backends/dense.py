@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import transforms
-from ..call import Call, HeadTable
+from ..calls import definition
+from ..calls.call import Call
+from ..calls.source import HeadTable
 from ..patterns import Causal
-from ..tile_attention import SCORES
-from . import reference
+from ..tiles.products import SCORES
 
 
 def supports(call: Call) -> str | None:
@@ -28,10 +29,10 @@ def supports(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.is_differentiated:
-        return reference.run(call)
-    call, careful = reference.guarded(call)
+        return definition.run(call)
+    call, careful = definition.guarded(call)
     if careful:
-        return reference.run_pairs(call)
+        return definition.run_pairs(call)
     if call.need_lse:
         return _run_rows(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
@@ -72,9 +73,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 def _run_rows(call: Call) -> tuple[Tensor, Tensor | None]:
     """The definition for as many queries at a time as leave ``SCORES`` scores; a graph under trace or transform takes all."""
     if call.batch * call.heads * call.queries * call.keys <= SCORES or transforms.fixed():
-        out, lse = reference.attend_rows(call)
+        out, lse = definition.attend_rows(call)
         return out.unflatten(1, call.q_grid), lse.unflatten(1, call.q_grid)
-    return reference.by_rows(call, SCORES, reference.attend_rows)
+    return definition.by_rows(call, SCORES, definition.attend_rows)
 
 
 def differentiable(call: Call, out: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def differentiable(call: Call, out: Tensor) -> Tensor:
 
 
 def _output(call: Call, *tensors: Tensor) -> tuple[Tensor]:
-    return (reference.of_tensors(call, *tensors)[0],)
+    return (definition.of_tensors(call, *tensors)[0],)
 
 
 def may_be_empty(call: Call) -> bool:

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 from ...caches import Cache, cached
 from .. import transforms
-from ..call import Call
+from ..calls import definition
+from ..calls.call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
-from . import dense, reference
+from . import dense
 
 BLOCK = 128
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
@@ -76,9 +77,9 @@ def supports(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    call, careful = reference.guarded(call)
+    call, careful = definition.guarded(call)
     if careful:
-        return reference.run_pairs(call)
+        return definition.run_pairs(call)
     q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (call.q, call.k, call.v))
     if not call.needs_grad:  # on CPU even the mark is refused
         q, k, v = q.detach(), k.detach(), v.detach()

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..call import Call
+from ..calls import definition
+from ..calls.call import Call
 from ..patterns import Neighborhood
-from . import dense, reference
+from . import dense
 
 INSTALLED = importlib.util.find_spec("natten") is not None
 PACKED = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,9 +83,9 @@ def _device_problem(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    call, careful = reference.guarded(call)
+    call, careful = definition.guarded(call)
     if careful:
-        return reference.run_pairs(call)
+        return definition.run_pairs(call)
     from natten import na1d, na2d, na3d
 
     tensors = (call.q, call.k, call.v) if call.needs_grad else (call.q.detach(), call.k.detach(), call.v.detach())

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...counted import register_flop_formula
-from ..call import Call, HeadTable
+from ..calls import definition
+from ..calls.call import Call
+from ..calls.source import HeadTable
 from ..patterns import Blocks, parse
 from ..transforms import gradients
-from . import reference
 
 
 def lse_like(q: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def complete(forward, backward, flops: Callable[..., int], backward_flops: Calla
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if torch.is_grad_enabled():  # the gradient is to be differentiated
-            define = partial(reference.of_tensors, _call(*tensors, *ctx.static))
+            define = partial(definition.of_tensors, _call(*tensors, *ctx.static))
             needed = (*ctx.needs_input_grad[:3], False, ctx.needs_input_grad[3])
             dq, dk, dv, _, dtable = gradients(define, (*tensors[:3], None, tensors[3]), needed, (grad_out, grad_lse))
             return dq, dk, dv, dtable, *[None] * (3 + len(ctx.static))

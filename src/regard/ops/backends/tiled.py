@@ -2,7 +2,7 @@
 
     for a few tiles at a time: gather the rows of q, k and v by index table; attend; put the rows of the output back
 
-For other devices than CPUs, for float64, and where no C compiler is to be had for :mod:`regard.ops.backends.native`.
+For other devices than CPUs, for float64, and where no C compiler is to be had for :mod:`regard.ops.backends.native.backend`.
 
 Cost: the pairs of the tile plan (about twice those of the pattern for small kernels) and O(tokens) memory, in both
 directions. The backward gathers again, recomputes with the saved log-sum-exp and adds the gradients of k and v back by row.
@@ -25,17 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call
-from ..heads import repeat_heads
-from ..merging import merge
+from ..calls import definition
+from ..calls.call import Call
+from ..calls.heads import repeat_heads
+from ..calls.merging import merge
 from ..patterns import Blocks, Tokens
-from ..pool import run_all
-from ..tile_attention import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
-from ..tiles import Chunk, Index, Problem, Rows, pose, routed_chunks, static_chunks, tables_of, to_rows
-from ..tiling import TileGroup
-from . import dense, reference
-from .operators import complete, lse_like
-from .tile_calls import (
+from ..tiles.calls import (
     arguments,
     computed_pairs,
     flops,
@@ -46,7 +41,14 @@ from .tile_calls import (
     plan_from,
     plan_of,
 )
-from .tile_calls import supports as supports
+from ..tiles.calls import supports as supports
+from ..tiles.chunks import Chunk, Problem, Rows, pose, routed_chunks, static_chunks, to_rows
+from ..tiles.plan import TileGroup
+from ..tiles.products import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
+from ..tiles.tables import Index, tables_of
+from ..tiles.threads import run_all
+from . import dense
+from .operators import complete, lse_like
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
@@ -394,7 +396,7 @@ def _plain_group(
         bias = bias.masked_fill(~valid[:, keys][:, :, None, None], -torch.inf)
     if need_lse or call.need_lse or valid is not None or group.blind is not None:
         scores = torch.matmul(q, k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * call.scale
-        weights, lse = reference.normalise(scores + bias)
+        weights, lse = definition.normalise(scores + bias)
         out = torch.matmul(weights.to(v.dtype), v)
     else:
         shape = (1, *q.shape[1:-1], k.shape[-2])

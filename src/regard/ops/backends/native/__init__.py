@@ -1,0 +1,1 @@
+"""Attention in tiles in C, compiled for the CPU at hand."""

@@ -1,0 +1,1 @@
+"""Operators on which tokens there are and where they stand: order, routes, trees, rotary positions."""
