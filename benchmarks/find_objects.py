@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.data import photograph
-from regard.data.pretrained import TINY_DINO, normalised, tiny_dino
-from regard.lens import tokencut
-from regard.lens.tokencut import box_iou, last_keys
 from regard.models import create_model
+from regard.models.pretrained import TINY_DINO, normalised, tiny_dino
+from regard.studies.tokencut import tokencut
+from regard.studies.tokencut.cutting import box_iou, last_keys
 
 SIDE, PATCH = 128, 8
 OBJECTS = {

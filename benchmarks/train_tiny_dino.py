@@ -1,6 +1,6 @@
-"""Train the tiny vision transformer whose keys find objects: ``src/regard/data/weights/tiny_dino.safetensors``.
+"""Train the tiny vision transformer whose keys find objects: ``src/regard/models/weights/tiny_dino.safetensors``.
 
-    python benchmarks/train_tiny_dino.py src/regard/data/weights/tiny_dino.safetensors
+    python benchmarks/train_tiny_dino.py src/regard/models/weights/tiny_dino.safetensors
 
 Self-distillation with masked patches (:mod:`regard.train.self_distillation`) on crops of the photographs inside scikit-image
 and scikit-learn, 400 steps of 8 images, seed 0, on one thread: a few minutes of one core. Needs the ``train`` extra.
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from regard.data import PHOTOGRAPHS, photograph
-from regard.data.pretrained import IMAGENET_MEAN, IMAGENET_STD, TINY_DINO
 from regard.models import create_model, save_checkpoint
+from regard.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, TINY_DINO
 from regard.train.self_distillation import MaskedSelfDistillation
 
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))

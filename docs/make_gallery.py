@@ -19,14 +19,14 @@ from torch import Tensor
 
 from regard import Source, create_mixer, lens, list_mixers
 from regard import patterns as P
+from regard.compare import figures
+from regard.compare.report import SMALL_COLUMNS
+from regard.compare.study import Look
 from regard.data import photograph
 from regard.layers.mixers import mixer_class
 from regard.ops import attend_weights
 from regard.ops.patterns import Pattern
 from regard.ops.tokens.route import affinity, summaries, top_k
-from regard.train import figures
-from regard.train.comparing import Look
-from regard.train.report import SMALL_COLUMNS
 
 DOCS = Path(__file__).parent
 SIDE, PATCH, DIM, HEADS = 224, 8, 48, 4

@@ -71,7 +71,7 @@ def demo(
     """Train and compare four mixers on photographs that lie in installed packages; write a report."""
     _positive("minutes", minutes)
     _check_folders(out=out, runs=runs)
-    from .train import demo as run_demo
+    from .compare.demo import demo as run_demo
 
     chosen = _device(device)
     report = run_demo(out, epochs=epochs, minutes=minutes, seed=seed, runs=runs, fresh=fresh, device=chosen,
@@ -104,7 +104,7 @@ def compare(
     """Train and compare mixers on your data; write a report."""
     _positive("learning rate", learning_rate)
     _check_folders(out=out, runs=runs)
-    from .train import compare_on
+    from .compare import compare_on
 
     chosen = _device(device)
     report = compare_on(
@@ -280,8 +280,9 @@ def explain(
         query = "0.5,0.5"
     _check_folders(out=out.parent)
     from .files import write_atomically
-    from .lens.explain import cut_square, inputs_of, normalised, open_model, seen_at
     from .lens.explain import explain as look
+    from .lens.photographs import cut_square, seen_at
+    from .models.opening import inputs_of, normalised, open_model
 
     cut, place = cut_square(image, query)  # what was typed is read before a model is built
     if normalise != "auto":

@@ -15,7 +15,7 @@ from regard.app.compare import Choice, Setting, look
 from regard.app.mechanisms import build, load, read
 from regard.app.uploads import photo
 from regard.lens import capture, image_map, rollout
-from regard.lens.explain import inputs_of, normalised, open_model
+from regard.models.opening import inputs_of, normalised, open_model
 
 VIT = "vit_tiny_patch16_224"
 PLACE = (0.3, 0.7)
@@ -78,7 +78,7 @@ def test_without_a_checkpoint_the_weights_are_others(checkpoint, drawn) -> None:
 
 
 def test_trained_model_comes_along_and_its_title_says_what_is_seen(checkpoint, drawn) -> None:
-    from regard.data.pretrained import tiny_dino
+    from regard.models.pretrained import tiny_dino
 
     assert trained.title("tiny_dino", "", "chelsea", side=128) == "tiny_dino, trained, 128x128 pixels: no classes"
     trained.show("tiny_dino", "", "chelsea", trained.ALL, PLACE, side=128)

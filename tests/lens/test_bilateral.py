@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.lens.bilateral import BilateralGrid, bilateral_solver
+from regard.tasks.common.refine.bilateral import BilateralGrid, bilateral_solver
 
 
 def picture(seed=0, size=(9, 11)):

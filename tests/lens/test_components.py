@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from regard.lens.components import connected_components, fill_holes, largest_component
+from regard.studies.tokencut.components import connected_components, fill_holes, largest_component
 
 
 def random_mask(grid, share, seed):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from regard.data import photograph
-from regard.lens import dense_crf
+from regard.tasks.common.refine import dense_crf
 
 
 def gaussian(points):
@@ -50,7 +50,7 @@ def test_it_does_not_depend_on_how_many_pairs_are_computed_at_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     image, mask = 255.0 * torch.rand(3, 9, 11, generator=generator), torch.rand(3, 4, generator=generator)
     whole = dense_crf(image, mask)
-    monkeypatch.setattr("regard.lens.crf._PAIRS", 200)
+    monkeypatch.setattr("regard.tasks.common.refine.crf._PAIRS", 200)
     torch.testing.assert_close(dense_crf(image, mask), whole)
 
 

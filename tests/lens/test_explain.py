@@ -15,9 +15,11 @@ from regard import create_model
 from regard.cli import main
 from regard.data.embedded import photograph
 from regard.lens import capture, image_map, relevance, rollout
-from regard.lens.explain import Explanation, Panel, explain, normalised, open_model, square
+from regard.lens.explain import Explanation, Panel, explain
+from regard.lens.photographs import square
 from regard.lens.pictures import Tile, font, sheet, wrapped
 from regard.models import save_checkpoint
+from regard.models.opening import normalised, open_model
 
 VIT = "vit_tiny_patch16_224"
 QUERY = (0.3, 0.7)
@@ -183,7 +185,7 @@ def test_what_the_user_got_wrong_is_one_line(tmp_path, capsys, arguments, messag
 )
 def test_what_was_typed_is_read_before_a_model_is_built(tmp_path, capsys, monkeypatch, arguments) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("regard.lens.explain.open_model", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr("regard.models.opening.open_model", lambda *_: pytest.fail("the model was built"))
     assert called("chelsea", "--model", VIT, *(each.format(file=tmp_path / "file") for each in arguments)) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.lens.lanczos import largest_eigenvector
+from regard.studies.tokencut.lanczos import largest_eigenvector
 
 KIND = torch.float64
 

@@ -355,7 +355,7 @@ def test_weights_times_values_are_what_every_mixer_gathers(name):
 @pytest.mark.parametrize("size", [(64, 64), (70, 90)])
 def test_every_family_has_maps_that_keep_their_mass(size):
     """The first registered model of each family: rows sum to one, and all that keys on the grid got lies on the image."""
-    families = {"regard.models.convshare_vit": "convshare_vit_same_shared_both"}  # the others take one size alone
+    families = {"regard.models.backbones.convshare_vit": "convshare_vit_same_shared_both"}  # the others take one size alone
     for name in regard.list_models():
         table = model_card(name).table
         families.setdefault(getattr(table, "func", table).__module__, name)

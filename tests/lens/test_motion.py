@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regard.data import photograph
-from regard.lens import flow_colours, optical_flow
+from regard.studies.tokencut import flow_colours, optical_flow
 
 
 def naive_wheel():

@@ -7,10 +7,10 @@ from naive_backbones import batch_norm, conv, heads_of, layer_norm, linear, mlp,
 
 from regard import attend, create_model, list_models
 from regard.bench import count
+from regard.compare.measure import memory
 from regard.layers.mixers import BiLevelRoutingAttention
 from regard.models import count_parameters, model_card
 from regard.ops.patterns import Blocks
-from regard.train.measure import memory
 
 SIZES = {  # dim, depths
     "biformer_tiny": (64, (2, 2, 8, 2)),

@@ -14,7 +14,7 @@ from regard import create_mixer, create_model, list_models
 from regard.layers.mlps import MLP
 from regard.lens import capture
 from regard.models import count_parameters, model_card
-from regard.models.convshare_vit import ConvShareAttention, ConvShareMLP, TokenConv, optical_passes
+from regard.models.backbones.convshare_vit import ConvShareAttention, ConvShareMLP, TokenConv, optical_passes
 
 DOUBLE = {"dtype": torch.float64}
 STUDY = list(itertools.product(("valid", "same"), ("shared", "own"), ("qkv", "mlp", "both")))

@@ -9,7 +9,7 @@ from torch import nn
 from regard import create_model, list_models
 from regard.layers.pools import weighted_mean
 from regard.models import count_parameters, model_card
-from regard.models.dependency_vit import DependencyViT
+from regard.models.backbones.dependency_vit import DependencyViT
 from regard.ops.tokens.tree import dependency_tree
 
 SIZES = {  # width, whether patches are dropped

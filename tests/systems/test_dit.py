@@ -12,7 +12,7 @@ from regard import load_checkpoint
 from regard.bench import count
 from regard.layers.mixers import HeadMixture, collect_balance
 from regard.models import DITS, count_parameters, create_dit, export_state_dict
-from regard.models.dit import LabelEmbedding
+from regard.models.generative.dit import LabelEmbedding
 
 DOUBLE = {"dtype": torch.float64}
 SMALL = {"dim": 16, "input_size": 6, "num_classes": 5}

@@ -9,7 +9,7 @@ from naive_transformer import attention_map, embed, feed_forward, norm, project,
 
 from regard import create_model, load_checkpoint
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.evit import EViT
+from regard.models.backbones.evit import EViT
 
 HOSTS = {"evit_deit_tiny": "tiny", "evit_deit_small": "small", "evit_deit_base": "base"}
 PUBLISHED_GMACS = {0.9: 4.0, 0.8: 3.5, 0.7: 3.0, 0.6: 2.6, 0.5: 2.3}  # DeiT-S with fusion

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from regard.compare.measure import peak_memory
 from regard.models import FIT, FITAutoregressive, FITDenoiser, count_parameters
 from regard.ops.tokens.permute import to_tiles
-from regard.train.measure import peak_memory
 
 GROUPS, SIZE, LATENTS = 3, 4, 2
 SIZES = {"groups": GROUPS, "group_size": SIZE, "latents": LATENTS, "dim": 8, "latent_dim": 16, "heads": 2, "latent_heads": 4}

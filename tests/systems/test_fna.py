@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regard import Source, attend, merge, plan
+from regard.compare.measure import peak_memory
 from regard.ops import patterns as P
-from regard.train.measure import peak_memory
 
 
 def keys_of(position, length, kernel, dilation, causal):

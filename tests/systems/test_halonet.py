@@ -10,7 +10,7 @@ from regard import create_model, list_models, load_checkpoint
 from regard.layers.conv_norm import fuse
 from regard.layers.mixers import NeighborhoodAttention, WindowAttention
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.halonet import BareHaloAttention
+from regard.models.backbones.halonet import BareHaloAttention
 
 INSIDE = (64, 128, 256, 512)
 SIZES = {  # kinds, depths, channels out and inside, heads, halo, stem channels, parameters of the gates, final channels

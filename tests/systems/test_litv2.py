@@ -11,7 +11,7 @@ from naive_backbones import batch_norm, conv, layer_norm, linear, multiply_adds,
 from regard import create_mixer, create_model, list_models
 from regard.bench import count
 from regard.models import count_parameters, model_card
-from regard.models.lit import DeformableMerging
+from regard.models.backbones.lit import DeformableMerging
 
 SIZES = {  # dim, depths, published parameters
     "litv2_small": (96, (2, 2, 6, 2), 27_844_000),

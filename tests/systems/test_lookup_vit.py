@@ -15,7 +15,7 @@ from regard.bench import count
 from regard.layers.mixers import MultiHeadAttention
 from regard.layers.mixers.bidirectional import BidirectionalAttention
 from regard.models import count_parameters, model_card
-from regard.models.lookup_vit import lookup_vit
+from regard.models.backbones.lookup_vit import lookup_vit
 
 DOUBLE = {"dtype": torch.float64}
 NARROW = {"dim": 16, "head_dim": 8, "depth": 3, "image_size": 80, "num_classes": 5}

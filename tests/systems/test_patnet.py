@@ -14,7 +14,7 @@ from regard import create_model, lens, list_models, load_checkpoint
 from regard.layers.conv_norm import ConvNorm, fuse
 from regard.layers.positions import DistanceBias
 from regard.models import Backbone, BlockSpec, count_parameters, export_state_dict, model_card
-from regard.models.patnet import PartialChannelGate, PartialMixer, PartialSelfAttention, patnet
+from regard.models.backbones.patnet import PartialChannelGate, PartialMixer, PartialSelfAttention, patnet
 
 SIZES = {  # parameters, dim, depths, heads, activation, spatial gate
     "patnet_t0": (3_486_160, 32, (1, 2, 8, 2), 4, nn.GELU, False),

@@ -12,7 +12,7 @@ from regard.bench import count
 from regard.layers.conv_norm import ResidualConvNorm, fuse
 from regard.layers.mixers import PartialChannelAttention
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.conv_norm import DistilledHead
+from regard.models.backbones.conv_norm_trunk import DistilledHead
 
 SIZES = {  # parameters, dims, depths, parts
     "shvit_s1": (6_330_808, (128, 224, 320), (2, 4, 5), (None, 48, 68)),

@@ -22,7 +22,7 @@ from naive_backbones import (
 from regard import create_model, list_models, load_checkpoint
 from regard.bench import count
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.swin import RolledWindowAttention
+from regard.models.backbones.swin import RolledWindowAttention
 
 TINY = "swin_tiny_patch4_window7_224"
 SIZES = {  # dim, depths, window, classes

@@ -9,10 +9,11 @@ from scipy import linalg
 
 from regard import create_model
 from regard.data import photograph
-from regard.data.pretrained import normalised, tiny_dino
-from regard.lens import capture, find_objects, saliency, tokencut
-from regard.lens.tokencut import affinity, box_iou, last_keys, normalised_cut, object_of
+from regard.lens import capture
 from regard.models import export_state_dict
+from regard.models.pretrained import normalised, tiny_dino
+from regard.studies.tokencut import find_objects, saliency, tokencut
+from regard.studies.tokencut.cutting import affinity, box_iou, last_keys, normalised_cut, object_of
 
 KIND = torch.float64
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from regard import create_model
 from regard.data import photograph
-from regard.data.pretrained import normalised, tiny_dino
-from regard.lens import class_features, find_labelled_objects, find_objects, localisation, train_classifier
-from regard.lens.localise import LabelledObject
-from regard.lens.tokencut import box_iou, object_of
+from regard.models.pretrained import normalised, tiny_dino
+from regard.studies.tokencut import class_features, find_labelled_objects, find_objects, localisation, train_classifier
+from regard.studies.tokencut.cutting import box_iou, object_of
+from regard.studies.tokencut.localising import LabelledObject
 
 KIND = torch.float64
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from regard import create_model, load_checkpoint
-from regard.lens import capture, find_objects
-from regard.lens.tokencut import last_keys
+from regard.lens import capture
+from regard.studies.tokencut import find_objects
+from regard.studies.tokencut.cutting import last_keys
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 

@@ -7,9 +7,9 @@ from scipy import linalg
 
 from regard import create_model
 from regard.data import photograph
-from regard.data.pretrained import normalised, tiny_dino
-from regard.lens import find_video_object, flow_colours, optical_flow, saliency, tokencut_video
-from regard.lens.tokencut import affinity, last_keys, normalised_cut, strong_edges
+from regard.models.pretrained import normalised, tiny_dino
+from regard.studies.tokencut import find_video_object, flow_colours, optical_flow, saliency, tokencut_video
+from regard.studies.tokencut.cutting import affinity, last_keys, normalised_cut, strong_edges
 
 KIND = torch.float64
 FUSED = {"mean": lambda a, b: (a + b) / 2, "max": max, "min": min}

@@ -10,16 +10,11 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from regard import Source, attend, create_model
-from regard.lens import attention_patterns, capture, head_importance, hop_profile, without_heads
-from regard.lens.analytics import (
-    PatternAutoencoder,
-    fit_autoencoder,
-    heads_of,
-    hop_distance,
-    pattern_maps,
-    pattern_shares,
-    plane,
-)
+from regard.lens import capture
+from regard.studies.head_analytics import attention_patterns, head_importance, hop_profile, without_heads
+from regard.studies.head_analytics.hops import hop_distance
+from regard.studies.head_analytics.importance import heads_of
+from regard.studies.head_analytics.patterns import PatternAutoencoder, fit_autoencoder, pattern_maps, pattern_shares, plane
 
 KIND = torch.float64
 

@@ -9,8 +9,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from regard import create_model
-from regard.lens import PathEnsemble, path_distillation_loss, path_influence, path_members, relative_log_amplitude
-from regard.lens.paths import path_names
+from regard.adapt import PathEnsemble, path_distillation_loss, path_influence, path_members, relative_log_amplitude
+from regard.adapt.path_ensemble import path_names
 
 KIND = torch.float64
 

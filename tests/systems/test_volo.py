@@ -25,7 +25,7 @@ from regard.layers.blocks import DropPath
 from regard.layers.conv_norm import fuse
 from regard.losses import token_labeling_loss
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.volo import Box, mix_tokens, random_box
+from regard.models.backbones.volo import Box, mix_tokens, random_box
 
 SIZES = {  # dim, depths, heads, stem, ratio, published parameters
     "volo_d1": (192, (4, 4, 8, 2), (6, 12), 64, 3, 26_632_040),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regard.train import demo
+from regard.compare.demo import demo
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from regard.compare.contenders import DEMO, USUAL, parse_mixers
 from regard.layers.mixers import list_mixers
 from regard.models import create_model
-from regard.train.contenders import DEMO, USUAL, parse_mixers
 
 
 def test_list_of_mixers_with_options_is_read() -> None:

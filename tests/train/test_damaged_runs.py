@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from regard.train import compare_on, demo
+from regard.compare import compare_on
+from regard.compare.demo import demo
 
 
 def histories(folder: Path) -> list:

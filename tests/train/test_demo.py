@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from regard import lens
+from regard.compare import Settings, parse_mixers
+from regard.compare.contenders import DEMO
+from regard.compare.demo import DEMO_RECIPE, demo
+from regard.compare.study import compare, look, train_one
 from regard.data import photo_crops
-from regard.train import Recipe, Settings, demo, parse_mixers
-from regard.train.comparing import compare, look, train_one
-from regard.train.contenders import DEMO
-from regard.train.demo import DEMO_RECIPE
+from regard.train import Recipe
 
 MARGINS = {"multi_head": 0.06, "window": 0.05, "neighborhood": 0.03, "bi_level_routing": 0.01}
 LOADING = {"src", "href", "srcset", "data", "poster", "action", "xlink:href"}
@@ -88,7 +89,7 @@ def test_finished_runs_are_not_repeated(miniature) -> None:
 
 
 def test_a_mixer_more_is_trained_alone_and_all_are_measured_side_by_side(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("regard.train.comparing.measure", lambda outcomes, _: [o.numbers.update(of=3) for o in outcomes])
+    monkeypatch.setattr("regard.compare.study.measure", lambda outcomes, _: [o.numbers.update(of=3) for o in outcomes])
     two = settings(tmp_path)
     told: list[str] = []
     compare(two, progress=False)
@@ -125,7 +126,7 @@ def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, m
     interrupt(2)
     assert told == [trains, "window: goes on from an earlier run, after 1 epoch of 3", "window: kept after 2 epochs of 3"]
     monkeypatch.setattr(Classifier, "training_step", step)
-    monkeypatch.setattr("regard.train.comparing.measure", lambda *_: None)
+    monkeypatch.setattr("regard.compare.study.measure", lambda *_: None)
     found = compare(chosen, progress=False, tell=told.append)
     assert "window: goes on from an earlier run, after 2 epochs of 3" in told
     assert [entry["epoch"] for entry in found[0].history] == [1, 2, 3]

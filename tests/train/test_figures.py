@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regard.train.figures import short_labels, spread
+from regard.compare.figures import short_labels, spread
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0.5, 8))

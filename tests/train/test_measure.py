@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from regard.compare.measure import flops, latencies, peak_memory, si
 from regard.models import create_model
-from regard.train.measure import flops, latencies, peak_memory, si
 
 
 def test_flops_of_a_compact_model_equal_the_sum_written_out() -> None:

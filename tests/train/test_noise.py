@@ -7,10 +7,10 @@ import re
 import pytest
 from torch import nn
 
-from regard.train import figures
-from regard.train.comparing import Outcome
-from regard.train.noise import fastest, frontier, more_accurate, most_accurate, standard_error
-from regard.train.report import _accuracies, _latencies, _over_identity, _table
+from regard.compare import figures
+from regard.compare.noise import fastest, frontier, more_accurate, most_accurate, standard_error
+from regard.compare.report import _accuracies, _latencies, _over_identity, _table
+from regard.compare.study import Outcome
 
 
 def outcome(name: str, accuracy: float, low: float, middle: float, high: float) -> Outcome:

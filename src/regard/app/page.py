@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from .. import catalog
-from ..lens.explain import AUTO, NORMALISATIONS, TINY_DINO
 from ..models import list_models
+from ..models.opening import AUTO, NORMALISATIONS, TINY_DINO
 from . import compare, trained, uploads
 from .compare import Choice, Setting
 from .mechanisms import fields_of, mechanisms, read

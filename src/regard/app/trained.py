@@ -11,23 +11,11 @@ from torch import nn
 
 from ..lens.capture import capture
 from ..lens.captured import Map, Maps
-from ..lens.explain import (
-    AUTO,
-    TINY_DINO,
-    answer,
-    at_place,
-    centre,
-    check_weights,
-    followed_note,
-    inputs_of,
-    layer_names,
-    normalised,
-    on_image,
-    open_model,
-)
+from ..lens.explain import answer, at_place, centre, check_weights, followed_note, layer_names, on_image
 from ..lens.maps import image_map
 from ..lens.pictures import Place, Tile, number, overlay, sheet
 from ..lens.rollout import rollout
+from ..models.opening import AUTO, TINY_DINO, inputs_of, normalised, open_model
 from .uploads import photo
 
 ALL, ROLLOUT = "all layers", "rollout"

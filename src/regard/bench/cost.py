@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..hosts.running import Trail
 from ..ops.calls.call import Call
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening
 from ..ops.calls.source import Source
 from ..ops.patterns import Blocks, as_pattern, tensors_of
-from ..ops.trail import Trail
 
 CHUNK = 1 << 24
 """Entries of a mask that are counted at once."""

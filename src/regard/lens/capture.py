@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..hosts.running import Trail
 from ..layers.mixers import AttentionMixer
 from ..layers.mixers.criss_cross import CrissCrossAttention
 from ..layers.mixers.hilo import HiLoAttention
@@ -27,7 +28,6 @@ from ..layers.reduce import TokenMap
 from ..ops.calls.footprint import Footprint
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
 from ..ops.patterns import Dense, as_pattern
-from ..ops.trail import Trail
 from .captured import Arrival, Backward, Map, Maps, check_limit, needed_bytes
 from .foreign import Found, watched
 from .kept import Kept, KeptAttention, KeptPart, KeptWeighing, detached

@@ -1,38 +1,14 @@
 """Backbones by name, with timm's outside: any input size, any token mixer, any published checkpoint."""
 
-from . import (
-    biformer,
-    compact,
-    convit,
-    convshare_vit,
-    davit,
-    dependency_vit,
-    dualtoken_vit,
-    efficientvit_msra,
-    evit,
-    halonet,
-    lit,
-    lookup_vit,
-    maxvit,
-    nat,
-    overlock,
-    patnet,
-    s2aformer,
-    shvit,
-    sparsifiner,
-    swin,
-    tic,
-    transnext,
-    vit,
-    volo,
-)
-from .axial_transformer import AxialTransformer
-from .builder import Backbone, BackboneSpec, BlockSpec, FeatureBackbone, StageSpec, count_parameters
+from . import backbones
+from .backbone import Backbone, FeatureBackbone, count_parameters
 from .checkpoints import export_state_dict, load_checkpoint, save_checkpoint
-from .dit import DITS, DiT, DiTSpec, create_dit
-from .fit import FIT, FITAutoregressive, FITDenoiser
+from .checkpoints.ulsam import ulsam_layout
+from .generative.axial_transformer import AxialTransformer
+from .generative.dit import DITS, DiT, DiTSpec, create_dit
+from .generative.fit import FIT, FITAutoregressive, FITDenoiser
 from .registry import ModelCard, create_model, list_models, model_card, register_models
-from .ulsam import ulsam_layout
+from .spec import BackboneSpec, BlockSpec, StageSpec
 
 __all__ = [
     "DITS",
@@ -48,38 +24,15 @@ __all__ = [
     "FeatureBackbone",
     "ModelCard",
     "StageSpec",
-    "biformer",
-    "compact",
-    "convit",
-    "convshare_vit",
+    "backbones",
     "count_parameters",
     "create_dit",
     "create_model",
-    "davit",
-    "dependency_vit",
-    "dualtoken_vit",
-    "efficientvit_msra",
-    "evit",
     "export_state_dict",
-    "halonet",
     "list_models",
-    "lit",
     "load_checkpoint",
-    "lookup_vit",
-    "maxvit",
     "model_card",
-    "nat",
-    "overlock",
-    "patnet",
     "register_models",
-    "s2aformer",
     "save_checkpoint",
-    "shvit",
-    "sparsifiner",
-    "swin",
-    "tic",
-    "transnext",
     "ulsam_layout",
-    "vit",
-    "volo",
 ]

@@ -20,8 +20,9 @@ from ..checks import (
     shown,
 )
 from ..names import check_options, options_of, unknown_name
-from .builder import Backbone, BackboneSpec, FeatureBackbone, MixerChoice
+from .backbone import Backbone, FeatureBackbone
 from .checkpoints import load_checkpoint
+from .spec import BackboneSpec, MixerChoice
 
 LOWEST = {"shared": 0, "routed": 0, "prune_at": 0, "reduce_at": 0}
 """Options of tables that may be smaller than 1: counts of heads that may be none, and numbers of blocks."""

@@ -1,4 +1,4 @@
-"""Train and compare: Lightning modules, exact resume, measurements, reports.
+"""Training: Lightning modules, recipes, exact resume.
 
 Needs the ``train`` extra: ``pip install "regard[train]"``.
 """
@@ -9,21 +9,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f'training needs {error.name}; pip install "regard[train]"') from error
 
-from .comparing import Outcome, Settings, compare
-from .contenders import Contender, parse_mixers
-from .demo import compare_on, demo
 from .fitting import Recipe, fit
 from .module import Classifier
 
-__all__ = [
-    "Classifier",
-    "Contender",
-    "Outcome",
-    "Recipe",
-    "Settings",
-    "compare",
-    "compare_on",
-    "demo",
-    "fit",
-    "parse_mixers",
-]
+__all__ = ["Classifier", "Recipe", "fit"]

@@ -1,0 +1,113 @@
+"""Mixers to compare, written as text: ``multi_head, window(window_size=7), neighborhood(kernel_size=7, dilation=2)``."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..layers.mixers import mixer_class
+from ..models.spec import MixerChoice
+from ..names import check_options, options_of
+
+LABELS: dict[str, str] = {
+    "multi_head": "dense",
+    "bi_level_routing": "bi-level routing",
+    "criss_cross": "criss-cross",
+    "identity": "no mixing",
+}
+"""How reports call mixers whose names do not read well."""
+
+USUAL: dict[str, MixerChoice] = {
+    "window": [("window", {"window_size": 8}), ("window", {"window_size": 8, "shift": 4})],
+    "bi_level_routing": ("bi_level_routing", {"regions": 4, "topk": 4}),
+}
+"""What a name without options stands for where the mixer's defaults, made for large images, do not suit compact models."""
+
+DEMO = ("multi_head", "window", "neighborhood", "bi_level_routing")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A mixer that takes part in a comparison.
+
+    Args:
+        text: as the user wrote it.
+        choice: for ``create_model(mixer=...)``.
+        name: short and unique, for folders and tables.
+    """
+
+    text: str
+    choice: Any
+    name: str
+
+    @property
+    def label(self) -> str:
+        base, _, options = self.text.partition("(")
+        return LABELS.get(base, base.replace("_", "-")) + (f" ({options}" if options else "")
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")
+
+
+def parse_mixers(text: str) -> list[Contender]:
+    """Read a comma-separated list of mixers, each a registered name with or without ``(option=value, ...)``.
+
+    Raises:
+        ValueError: nothing, a name twice, an unknown name or option, a value that is not a literal.
+    """
+    found = [parse_mixer(part) for part in split_top_level(text)]
+    if not found:
+        raise ValueError(f"expected mixers such as 'multi_head,window'; got {text!r}")
+    names = [contender.name for contender in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"mixer {twice} is listed twice")
+    return found
+
+
+def split_top_level(text: str) -> list[str]:
+    """Split at commas outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for position, letter in enumerate(f"{text},"):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append(text[start:position].strip())
+            start = position + 1
+    if depth:
+        raise ValueError(f"brackets do not match in {text!r}")
+    return [part for part in parts if part]
+
+
+def parse_mixer(text: str) -> Contender:
+    """Read one mixer; see :func:`parse_mixers`."""
+    match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", text, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"expected a mixer such as window or window(window_size=7); got {text!r}")
+    name, arguments = match.groups()
+    options = _options(text, arguments or "()")
+    _check_options(name, options)
+    if options:
+        shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        return Contender(f"{name}({shown})", (name, options), f"{name}({shown})")
+    return Contender(name, USUAL.get(name, name), name)
+
+
+def _options(text: str, arguments: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f{arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"options of a mixer are written name=value, such as window(window_size=7); got {text!r}") from None
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    constructor = mixer_class(name)
+    ours = ("dim", "heads", "device", "dtype")
+    allowed = [option for option in options_of(constructor) if option not in ours]
+    check_options("mixer", name, options, allowed)

@@ -1,0 +1,58 @@
+"""From images to features: one file a family, each a table of published variants and the names of their checkpoints.
+
+``create_model(name)`` builds them. ``davit`` is the one to follow: it has a table and names, and nothing else.
+"""
+
+from . import (
+    biformer,
+    compact,
+    convit,
+    convshare_vit,
+    davit,
+    dependency_vit,
+    dualtoken_vit,
+    efficientvit_msra,
+    evit,
+    halonet,
+    lit,
+    lookup_vit,
+    maxvit,
+    nat,
+    overlock,
+    patnet,
+    s2aformer,
+    shvit,
+    sparsifiner,
+    swin,
+    tic,
+    transnext,
+    vit,
+    volo,
+)
+
+__all__ = [
+    "biformer",
+    "compact",
+    "convit",
+    "convshare_vit",
+    "davit",
+    "dependency_vit",
+    "dualtoken_vit",
+    "efficientvit_msra",
+    "evit",
+    "halonet",
+    "lit",
+    "lookup_vit",
+    "maxvit",
+    "nat",
+    "overlock",
+    "patnet",
+    "s2aformer",
+    "shvit",
+    "sparsifiner",
+    "swin",
+    "tic",
+    "transnext",
+    "vit",
+    "volo",
+]
