@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -185,6 +186,7 @@ def interrupted(arguments: Sequence[str], when: Callable[[str], bool], stream: s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # the tests themselves may not listen to it
     )
     told = []
     for line in getattr(process, stream):
