@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.observe import in_this_thread
-from .captured import Map
+from .captured import Map, check_map
 from .places import Cells
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -232,6 +232,7 @@ def hop_profile(found: Map) -> HopProfile:
     Raises:
         ValueError: queries and keys that are not patches of one grid.
     """
+    check_map(found)
     grid = found.grid
     cells = [where if isinstance(where, Cells) and where.grid == grid else None for where in found.places]
     if not isinstance(found.row_places, Cells) or not any(cells):

@@ -6,10 +6,13 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, INTEGERS, check_integer, check_tensor, shown
 from ..ops.patterns import Pattern
 from .kept import Kept
 from .places import Cells, Reduced, Where
@@ -225,6 +228,26 @@ class Maps(Sequence[Map]):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self._maps)) or "Maps()"
+
+
+def check_map(found: object) -> None:
+    """Raise ``TypeError`` for anything but one attention of a capture."""
+    if not isinstance(found, Map):
+        raise TypeError(f"found must be a Map, one attention of a capture; got {shown(found)}")
+
+
+def plain(name: str, value: Any) -> Any:
+    """Numbers that stand in a tensor or an array, as lists; anything else as it is."""
+    if isinstance(value, Tensor):
+        value = check_tensor(name, value, (*INTEGERS, *FLOATS))
+        if value.is_meta:
+            raise ValueError(f"{name} must hold numbers; got {shown(value)}")
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+
+
+def check_bytes(limit: object) -> int:
+    """Check a limit of bytes."""
+    return check_integer("limit", limit, 0, 2**63 - 1)
 
 
 def needed_bytes(kept: Kept, rows: int, k_grids: Sequence[Sequence[int]]) -> int:

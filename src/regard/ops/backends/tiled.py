@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, saturated
 from ..heads import repeat_heads
 from ..merging import merge
 from ..patterns import Blocks, Tokens
@@ -386,7 +386,8 @@ def _plain_group(
     bias = q.new_zeros(1, 1, 1, 1, 1)
     if call.table is not None and group.offsets is not None:
         offsets = constant(group.offsets)
-        bias = call.table.table.flatten(1)[:, offsets].transpose(0, 1)[kinds][None].to(q.dtype)
+        bias = call.table.table.flatten(1)[:, offsets].transpose(0, 1)[kinds][None]
+        bias = saturated(bias, q.dtype)
     if group.mask is not None:
         visible = constant(group.mask)[kinds][None, :, None]
         bias = bias.masked_fill(~visible, -torch.inf)
