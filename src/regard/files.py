@@ -105,6 +105,27 @@ def clear_partials(path: Path) -> None:
             found.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where there is none, so that no other process does; a process that ends lets go.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".held", "a") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"another process works in {folder}: wait for it, or choose another folder") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+
+
 def check_folder(name: str, path: Path) -> Path:
     """Make sure that a folder is there and can be written to, before work is done whose results go there.
 
