@@ -72,6 +72,17 @@ def test_what_a_killed_process_of_the_same_number_left_is_cleared(tmp_path: Path
         assert list(tmp_path.iterdir()) == [partial]
 
 
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    path = write_atomically(tmp_path / "a.txt", "old")
+    with path.open() as reader:
+        write_atomically(path, "new")
+        assert reader.read() == "old"  # another file has taken its place; this one was not written to
+    with pytest.raises(RuntimeError, match="in the middle"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("in the middle")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["new"]
+
+
 def test_partial_files_of_living_processes_and_other_files_stay(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -67,6 +67,8 @@ def under(prefix, weights):
         {"anything": {"inside": WEIGHTS}, "epoch": 4, "optimizer": {"state": {}}},
         {"student": under("module.backbone.", OLD), "teacher": under("backbone.", WEIGHTS)},
         under("teacher.backbone.", WEIGHTS) | under("student.backbone.", OLD),
+        under("student.backbone.", OLD) | under("teacher.backbone.", WEIGHTS),
+        under("model.", OLD) | under("model_ema.", WEIGHTS),
         {"n_averaged": torch.tensor(3)} | under("module.", WEIGHTS),
         {"state_dict": under("m.", WEIGHTS), "hyper_parameters": {"lr": 0.1}, "pytorch-lightning_version": "2"},
         {"state_dict": under("encoder.backbone.net.", WEIGHTS)},

@@ -148,7 +148,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().cpu()
         return ["tensor", name]
     if isinstance(value, np.ndarray):
         return ["array", value.dtype.str, list(value.shape), value.flatten().tolist()]
