@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -43,6 +44,16 @@ def test_process_says_an_error_in_one_line_and_exits_with_2() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("regard: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_closed_streams_and_narrow_encodings_change_no_answer() -> None:
+    command = f"{sys.executable} -m regard.cli"
+    for line, code in (("systems >&-", 0), ("models none >&- 2>&- <&-", 2), ("systems > /dev/null", 0)):
+        narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(["sh", "-c", f"{command} {line}"], capture_output=True, text=True, check=False, env=narrow)
+        assert (done.returncode, done.stderr) == (code, ""), line
+    done = subprocess.run([sys.executable, "-m", "regard.cli", "models", b"\xff"], capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("regard: no model matches '\\udcff'")
 
 
 def test_no_arguments_show_the_commands(capsys) -> None:
