@@ -49,6 +49,8 @@ def image_map(found: Map, heads: str | None = "mean", *, image_size: Sequence[in
     Raises:
         ValueError: an unknown reduction; no image size; keys none of which has a place on an image.
     """
+    if not isinstance(found, Map):
+        raise TypeError(f"expected one attention, such as maps[0]; got {type(found).__name__}")
     if heads is not None and heads not in HEADS:
         raise ValueError(f"heads must be one of {HEADS} or None; got {heads!r}")
     totals, shares = [], []
