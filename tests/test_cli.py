@@ -292,7 +292,7 @@ def test_interrupted_comparison_keeps_what_it_has_and_the_same_command_goes_on(t
     assert err.splitlines()[-1] == "stopped; the same command goes on from here"
     assert "Traceback" not in err
     assert "identity: accuracy" in out.replace("no mixing", "identity")
-    assert "stopped before its first checkpoint, begins anew" in out or "window (window_size=4): kept after" in out
+    assert "stopped before its first checkpoint; it will begin anew" in out or "window (window_size=4): kept after" in out
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "no mixing: kept from an earlier run: accuracy" in done.stdout

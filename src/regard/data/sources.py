@@ -12,6 +12,7 @@ import torch
 
 from ..checks import LARGEST, check_choice, check_integer, check_number, shown
 from ..files import one_line
+from ..names import nearest
 from .columns import IMAGES, LABELS, choose_column, class_numbers, numbered
 from .embedded import photo_crops
 from .folders import class_folders, class_names, folders_in, is_leftover, said_of
@@ -280,7 +281,8 @@ def _hub(name: str, val_fraction: float, seed: int) -> tuple[Split, Split, Seque
         loaded = datasets.load_dataset(name)
     except Exception as error:  # whatever the hub client, the network or the dataset raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no file or folder {name}, and datasets cannot load that name: {reason}") from error
+        hint = "; did you mean embedded?" if nearest(name, ["embedded"]) else ""
+        raise FileNotFoundError(f"no file or folder {name}, and datasets cannot load that name: {reason}{hint}") from error
     return _from_datasets(loaded, name, val_fraction, seed)
 
 

@@ -196,6 +196,9 @@ class Map:
         return f"Map({self.name!r}, {kind}call={self.call}, grid={self.grid}, rows={len(self.rows)}, {shapes})"
 
 
+NOTHING = "no attention was captured: the model did not run inside, `layers` names none of it, or `rows` fit no grid of it"
+
+
 class Maps(Sequence[Map]):
     """What :func:`capture` recorded, in order: ``maps[0]``, ``maps["stages.0.mixer"]``, ``maps["stages.0.mixer", 1]``."""
 
@@ -216,7 +219,11 @@ class Maps(Sequence[Map]):
 
         Where a module also uses another operator, its attention is meant.
         """
-        if isinstance(key, (int, slice)):
+        if isinstance(key, slice):
+            return self._maps[key]
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"no attention {key} was captured; there are {len(self)}" if self._maps else NOTHING)
             return self._maps[key]
         name, call = key if isinstance(key, tuple) else (key, 0)
         fitting = [found for found in self._maps if (found.name, found.call) == (name, call)]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..data.embedded import PHOTOGRAPHS, photograph
 from ..data.images import decode_image
 from ..models import create_model, list_models, model_card
+from ..names import nearest
 from .capture import capture
 from .captured import Map, Maps
 from .layered import Shares
@@ -332,6 +333,8 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
     if Path(text).is_dir():
         return _of_transformers(Path(text))
     name, found, path = text.partition("=")
+    if not found and nearest(text, [TINY_DINO]) and not Path(text).exists() and not nearest(text, list_models()):
+        raise ValueError(f"unknown model {text!r}; did you mean {TINY_DINO}?")
     if not found and Path(text).is_file():
         fitting = [each for each in list_models() if Path(text).name.startswith(each)]
         if not fitting:
@@ -420,6 +423,10 @@ def cut_square(image: str, query: str | None = None) -> tuple[Tensor, Place | No
         raise ValueError(f"query must be y,x: two pixels such as 120,80 or two fractions such as 0.5,0.25; got {query!r}")
     if image in PHOTOGRAPHS and not Path(image).exists():
         photo = photograph(image)
+    elif not Path(image).exists() and Path(image).name == image:
+        near = nearest(image, PHOTOGRAPHS)
+        told = f"did you mean {', '.join(near)}?" if near else f"photographs that come along are {', '.join(PHOTOGRAPHS)}"
+        raise FileNotFoundError(f"no image file {image}; {told}")
     else:
         photo = decode_image(Path(image), image)
     height, width = photo.shape[1:]

@@ -141,7 +141,8 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[Any, object], key: 
         raise ValueError(f"{where} holds more than {_MOST:,} tensors")
     if not tensors:
         raise ValueError(
-            f"{where} holds no tensors: save them by name, torch.save(model.state_dict(), PATH); its keys are {_keys(content)}"
+            f"{where} holds no tensors: save them by name, torch.save(model.state_dict(), PATH); "
+            f"{f'its keys are {_keys(content)}' if content else 'it is empty'}"
         )
     return Opened(tensors, where, pad)
 
