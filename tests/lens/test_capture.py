@@ -580,5 +580,5 @@ def test_what_was_not_captured_is_told() -> None:
     assert maps[-1] is maps[0]
     with pytest.raises(IndexError, match="no attention 1 was captured; there are 1"):
         maps[1]
-    with pytest.raises(TypeError, match=r"expected one attention, such as maps\[0\]; got Maps"):
+    with pytest.raises(TypeError, match=r"found must be one attention of a capture, such as maps\[0\]; got Maps"):
         regard.lens.image_map(maps)

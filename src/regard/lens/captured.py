@@ -240,7 +240,7 @@ class Maps(Sequence[Map]):
 def check_map(found: object) -> None:
     """Raise ``TypeError`` for anything but one attention of a capture."""
     if not isinstance(found, Map):
-        raise TypeError(f"found must be a Map, one attention of a capture; got {shown(found)}")
+        raise TypeError(f"found must be one attention of a capture, such as maps[0]; got {shown(found)}")
 
 
 def plain(name: str, value: Any) -> Any:
