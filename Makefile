@@ -82,11 +82,12 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(LOCK) -e ".[train]"
 	touch $@
 
-# timm and torchvision serve peer tests only; torchvision's compiled operators are not needed, so no dependencies
+# timm, torchvision and NATTEN serve peer tests only; their compiled operators are not needed, so no dependencies
 $(VENV)/.dev: $(VENV)/.train
 	@echo "== what the tests need: some minutes"
 	$(BIN)/python -m pip install $(LOCK) -e ".[dev]"
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/peers timm==1.0.31 torchvision==0.28.0
+	$(BIN)/python -m pip install --no-deps --no-build-isolation natten==0.21.7
 	touch $@
 
 .venv-oldest/.oldest: pyproject.toml constraints-oldest.txt

@@ -23,6 +23,7 @@ from regard.catalog import System, systems
 ROOT = Path(__file__).parent.parent
 COPIED = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}
 """Pages that are files of the repository."""
+ROW, CODE = re.compile(r"^\|.*\|$", re.MULTILINE), re.compile(r"`[^`]+`")
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -53,7 +54,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return label if (ROOT / path).exists() else found.group()
         return f"{picture}[{label}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor})"
 
-    return LINK.sub(redirect, markdown)
+    return plain_pipes(LINK.sub(redirect, markdown))
+
+
+def plain_pipes(markdown: str) -> str:
+    """Code in tables without the backslashes that GitHub wants before ``|``: the site would show them."""
+    return ROW.sub(lambda row: CODE.sub(lambda code: code.group().replace("\\|", "|"), row.group()), markdown)
 
 
 def page_of(path: str) -> str:

@@ -13,7 +13,7 @@ def table(run: dict) -> str:
     lines.append("|---|---:|---:|---:|---:|---:|")
     for kind, found in run["kinds"].items():
         counts = " | ".join(f"{found[how]:,}" for how in ("cases", "held", "refused", "wrong"))
-        lines.append(f"| `{kind}` | {counts} | {found['seconds'] / 60:.0f} |")
+        lines.append(f"| `{kind}` | {counts} | {found['seconds'] / 60:.1f} |")
     about = (
         f"Seed {run['seed']}, numbers from {run['first']}, {run['processes']} processes; torch {run['torch']} ({run['cpu']}), "
     )

@@ -8,32 +8,29 @@ shift
 arguments=("$@")
 [ ${#arguments[@]} -gt 0 ] || arguments=(-n 2 --dist worksteal -m "not slow")
 
+# what does not touch the same code is set together: vectors of torch, of MKL and of the compiled kernels, and threads
 settings=(
   ""
-  "ATEN_CPU_CAPABILITY=default"
-  "ATEN_CPU_CAPABILITY=avx2"
-  "ATEN_CPU_CAPABILITY=avx512"
-  "MKL_CBWR=COMPATIBLE"
+  "ATEN_CPU_CAPABILITY=default REGARD_LANES=4 OMP_NUM_THREADS=1 REGARD_TEST_THREADS=1"
+  "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE REGARD_LANES=8 OMP_NUM_THREADS=2 REGARD_TEST_THREADS=2"
+  "ATEN_CPU_CAPABILITY=avx512 REGARD_LANES=16"
   "REGARD_NATIVE=0"
-  "OMP_NUM_THREADS=1 REGARD_TEST_THREADS=1"
-  "OMP_NUM_THREADS=2 REGARD_TEST_THREADS=2"
-  "REGARD_LANES=4"
-  "REGARD_LANES=8"
-  "REGARD_LANES=16"
 )
 table=""
 worst=0
 for setting in "${settings[@]}"; do
   name=${setting:-as it is}
   if [[ $setting == *avx512* || $setting == *LANES=16* ]] && ! grep -q avx512f /proc/cpuinfo 2>/dev/null; then
-    table+=$(printf '%-42s %s' "$name" "not run: this processor has no AVX-512")$'\n'
+    table+=$(printf '%-100s %s' "$name" "not run: this processor has no AVX-512")$'\n'
     continue
   fi
   echo "== $name"
+  compiled=$(mktemp -d)  # what torch compiles for one width of vectors does not serve another
   # shellcheck disable=SC2086  # a setting is several words
-  last=$(env $setting "$python" -m pytest -p no:cacheprovider "${arguments[@]}" 2>&1 | tee /dev/stderr | tail -n 1)
+  last=$(env $setting TORCHINDUCTOR_CACHE_DIR="$compiled" "$python" -m pytest -p no:cacheprovider "${arguments[@]}" 2>&1 | tee /dev/stderr | tail -n 1)
+  rm -rf "$compiled"
   [[ $last == *passed* && $last != *failed* && $last != *error* ]] || worst=1
-  table+=$(printf '%-42s %s' "$name" "$last")$'\n'
+  table+=$(printf '%-100s %s' "$name" "$last")$'\n'
 done
 printf '\n%s' "$table"
 exit $worst

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -42,6 +44,16 @@ def test_process_says_an_error_in_one_line_and_exits_with_2() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("regard: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_closed_streams_and_narrow_encodings_change_no_answer() -> None:
+    command = f"{sys.executable} -m regard.cli"
+    for line, code in (("systems >&-", 0), ("models none >&- 2>&- <&-", 2), ("systems > /dev/null", 0)):
+        narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(["sh", "-c", f"{command} {line}"], capture_output=True, text=True, check=False, env=narrow)
+        assert (done.returncode, done.stderr) == (code, ""), line
+    done = subprocess.run([sys.executable, "-m", "regard.cli", "models", b"\xff"], capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("regard: no model matches '\\udcff'")
 
 
 def test_no_arguments_show_the_commands(capsys) -> None:
@@ -185,6 +197,7 @@ def interrupted(arguments: Sequence[str], when: Callable[[str], bool], stream: s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # the tests themselves may not listen to it
     )
     told = []
     for line in getattr(process, stream):
@@ -279,7 +292,7 @@ def test_interrupted_comparison_keeps_what_it_has_and_the_same_command_goes_on(t
     assert err.splitlines()[-1] == "stopped; the same command goes on from here"
     assert "Traceback" not in err
     assert "identity: accuracy" in out.replace("no mixing", "identity")
-    assert "stopped before its first checkpoint, begins anew" in out or "window (window_size=4): kept after" in out
+    assert "stopped before its first checkpoint; it will begin anew" in out or "window (window_size=4): kept after" in out
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "no mixing: kept from an earlier run: accuracy" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -107,3 +108,11 @@ def test_pictures_of_the_gallery_are_there_and_small():
     assert len(shown) > 20
     assert all((ROOT / "docs" / picture).stat().st_size < 60_000 for picture in shown)
     assert set(regard.list_mixers()) <= set(re.findall(r"\[`(\w+)`\]", text))
+
+
+def test_the_site_shows_code_in_tables_without_the_backslashes_of_github(monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    plain = importlib.import_module("hooks").plain_pipes
+    assert plain("| `a \\| b`, `c` \\| d | `.*\\.(q\\|kv)` |") == "| `a | b`, `c` \\| d | `.*\\.(q|kv)` |"
+    assert plain("a regular expression: `a\\|b`") == "a regular expression: `a\\|b`"

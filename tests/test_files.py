@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from regard.files import check_folder, clear_partials, read_json, read_kept, set_aside, write_atomically, write_json
+from regard.files import check_folder, clear_partials, read_json, read_kept, set_aside, whole_file, write_atomically, write_json
 
 KILLED = """
 import os, signal, sys
@@ -42,11 +43,50 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    path, errors = tmp_path / "a.txt", []
+
+    def write(letter: str) -> None:
+        try:
+            for _ in range(100):
+                write_atomically(path, letter * 5000)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert path.read_text() in {letter * 5000 for letter in "abcd"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_cleared(tmp_path: Path) -> None:
+    """In a container every run may be process 1."""
+    (tmp_path / f".a.txt.{os.getpid()}-{10**9}").write_text("half")
+    with whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("mine")
+        clear_partials(tmp_path / "a.txt")
+        assert list(tmp_path.iterdir()) == [partial]
+
+
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    path = write_atomically(tmp_path / "a.txt", "old")
+    with path.open() as reader:
+        write_atomically(path, "new")
+        assert reader.read() == "old"  # another file has taken its place; this one was not written to
+    with pytest.raises(TypeError), whole_file(path) as partial:
+        partial.write_text(b"half" if partial.write_text("half") else "")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["new"]
+
+
 def test_partial_files_of_living_processes_and_other_files_stay(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stay = {f".a[1].txt.{os.getppid()}", ".a[1].txt.old", ".a1.txt.1", "a[1].txt"}
-    for name in (*stay, f".a[1].txt.{dead.pid}", f".a[1].txt.{10**30}"):
+    stay = {f".a[1].txt.{os.getppid()}", f".a[1].txt.{os.getppid()}-3", ".a[1].txt.old", ".a1.txt.1", "a[1].txt"}
+    for name in (*stay, f".a[1].txt.{dead.pid}", f".a[1].txt.{dead.pid}-7", f".a[1].txt.{10**30}"):
         (tmp_path / name).write_text("")
     clear_partials(tmp_path / "a[1].txt")
     assert {each.name for each in tmp_path.iterdir()} == stay

@@ -54,6 +54,7 @@ def test_names_and_rooms_come_by_any_way_of_importing() -> None:
         "import regard; regard.lens.capture; regard.layers.mixers.create_mixer; regard.models.create_model; regard.ops.attend"
     )
     answered("import regard.lens, regard; regard.bench.count")
+    answered("import regard; regard.compat.natten.install, regard.compat.dinat.mend, regard.data.photograph, regard.losses")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -54,7 +54,7 @@ _HOMES = {
     "plan": "ops.attention.planning",
     "Source": "ops",
 }
-_ROOMS = ("bench", "layers", "lens", "models", "ops")
+_ROOMS = ("bench", "compat", "data", "layers", "lens", "losses", "models", "ops", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -60,6 +60,7 @@ class _Interrupts:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     words = "stopped"
     problem: str | None = None
     with _Interrupts() as interrupts:
@@ -85,6 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(STOPPED)  # Python ends by the signal instead where it came within an `exec`, of which imports have many
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Closed streams say nothing, and what the encoding of one lacks is written as an escape."""
+    for name in ("stdin", "stdout", "stderr"):  # in order: a file that were opened instead would be written to by others
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # to the end
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _problem(error: BaseException) -> str | None:

@@ -82,7 +82,7 @@ def demo(
 @app.command()
 def compare(
     data: Annotated[str, typer.Option(help="Image folder, parquet file or folder, name of a dataset, or 'embedded'.")],
-    mixers: Annotated[str, typer.Option(help="Such as 'multi_head,window(window_size=7),neighborhood'.")],
+    mixers: Annotated[str, typer.Option(help="Such as 'multi_head, window(window_size=7)'.")],
     model: Annotated[str, typer.Option(help="The backbone; see `regard models`.")] = "compact_nano",
     epochs: Annotated[int, typer.Option(help="Of each mixer.", min=1, max=MOST)] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples a step.", min=1, max=MOST)] = 64,
@@ -104,8 +104,10 @@ def compare(
     """Train and compare mixers on your data; write a report."""
     _positive("learning rate", learning_rate)
     _check_folders(out=out, runs=runs)
+    from .checks import check_choice
     from .compare import compare_on
 
+    check_choice("bad-images", bad_images, ("error", "skip"))
     chosen = _device(device)
     report = compare_on(
         data, mixers, model=model, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, size=size, limit=limit,

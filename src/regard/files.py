@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from typing import Any
 
 _LETTERS = 200
 """Of a name that the name of its partial file repeats: file systems allow 255."""
+_COUNT = itertools.count()
+_WRITTEN: set[int] = set()
+"""Numbers of the partial files that this process writes just now, in any of its threads."""
 
 
 @contextmanager
@@ -23,7 +27,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_partials(path)
-    partial = path.with_name(f"{_beginning(path)}{os.getpid()}")
+    number = next(_COUNT)
+    partial = path.with_name(f"{_beginning(path)}{os.getpid()}-{number}")
+    _WRITTEN.add(number)
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -31,6 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+        _WRITTEN.discard(number)
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -93,9 +100,30 @@ def clear_partials(path: Path) -> None:
     if os.name != "posix":  # asking whether a process lives would end it
         return
     for found in path.parent.glob(f"{_escaped(_beginning(path))}*"):
-        number = found.name.removeprefix(_beginning(path))
-        if number.isdecimal() and not _lives(int(number)) and found.is_file():
+        numbers = _NUMBERS.fullmatch(found.name.removeprefix(_beginning(path)))
+        if numbers and not _is_written(int(numbers[1]), int(numbers[2] or -1)) and found.is_file():
             found.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where there is none, so that no other process does; a process that ends lets go.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".held", "a") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"another process works in {folder}: wait for it, or choose another folder") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def check_folder(name: str, path: Path) -> Path:
@@ -129,12 +157,21 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def _beginning(path: Path) -> str:
-    """Of the names of the partial files of a path; the number of the process that writes follows."""
+    """Of the names of the partial files of a path; the number of the process that writes follows, and that of the file."""
     return f".{path.name[:_LETTERS]}."
 
 
 def _escaped(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+_NUMBERS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+"""Of the process that writes a partial file, and which of its files it is."""
+
+
+def _is_written(process: int, number: int) -> bool:
+    """Whether somebody still writes a partial file; in a container the process before may have had this one's number."""
+    return number in _WRITTEN if process == os.getpid() else _lives(process)
 
 
 def _lives(process: int) -> bool:

@@ -46,7 +46,9 @@ def unknown_name(kind: str, name: str, known: Collection[str], listing: str) -> 
     return ValueError(f"unknown {kind} {name!r}; {told}")
 
 
-def check_options(kind: str, name: str, given: Iterable[str], known: Collection[str], has: str = "it has") -> None:
+def check_options(
+    kind: str, name: str, given: Iterable[str], known: Collection[str], has: str = "it has", also: Collection[str] = ()
+) -> None:
     """Check that something has all the options that are given.
 
     Args:
@@ -55,6 +57,7 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
         given: names of options.
         known: the options that it has.
         has: what comes before their list in the error.
+        also: others that may have been meant, which the list leaves out.
 
     Raises:
         ValueError: the unknown ones, those that are near, and all there are.
@@ -62,7 +65,7 @@ def check_options(kind: str, name: str, given: Iterable[str], known: Collection[
     unknown = [option for option in given if option not in known]
     if not unknown:
         return
-    near = [each for option in unknown for each in nearest(option, known, 2)] or [
+    near = [each for option in unknown for each in nearest(option, [*known, *also], 2)] or [
         each for option in unknown for each in known if set(option.split("_")) & set(each.split("_"))
     ]
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""

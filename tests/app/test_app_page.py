@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio", reason="the playground needs regard[app]")
 
-from regard.app import page
+from regard.app import launch, page
 from regard.app.compare import Choice, Cost, Setting, look
 
 TYPED = ("neighborhood", {"kernel_size": "3"})
@@ -20,6 +21,15 @@ def test_click_is_row_and_column_of_the_picture() -> None:
     assert page.place_of(SimpleNamespace(index=[447, 0])) is not None
     assert page.place_of(SimpleNamespace(index=[3, 448])) is None  # on the legend
     assert page.place_of(SimpleNamespace(index=[448, 3])) is None
+
+
+def test_an_address_that_cannot_be_listened_on_is_told() -> None:
+    with pytest.raises(ValueError, match="no address 'no host' to listen on"):
+        launch("no host", 7860)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{port}: it is taken .*--port"):
+            launch("127.0.0.1", port)
 
 
 def test_strongest_keys_are_named_by_row_then_column() -> None:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_gpu_benchmark_runs_on_tiny_sizes(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/gpu/run.py", "--smoke", "--out", tmp_path, "correctness", "11", "15"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -618,3 +620,46 @@ def test_transformers_dinat_runs_and_trains_as_with_attention_written_out():
     shapes = [shape for shape, _ in found["attentions"]]
     assert shapes == [[3, 2, 7, 6, 9], [3, 4, 6, 6, 9]]  # of each stage the last: the second fills 4 x 3 up to its window
     assert max(error for _, error in found["attentions"]) < 1e-12
+
+
+ROW, MAP, HALF = torch.randn(1, 5, 2, 4), torch.randn(1, 5, 6, 2, 4), torch.randn(1, 2, 5, 4)
+LENGTH, END = torch.tensor([5], dtype=torch.int32), torch.tensor([0, 5])
+DOORS = {
+    "na2d": (ours.na2d, {"query": MAP, "key": MAP, "value": MAP, "kernel_size": 3, "scale": None, "return_lse": False}),
+    "attention": (ours.attention, {"query": ROW, "key": ROW, "value": ROW, "is_causal": False, "scale": None}),
+    "ends": (lambda **ends: ours.attention(ROW, ROW, ROW, **ends), {"cumulative_seqlen_Q": END, "cumulative_seqlen_KV": END}),
+    "lengths": (lambda **lengths: ours.attention(ROW, ROW, ROW, **lengths), {"seqlens_Q": LENGTH, "seqlens_KV": LENGTH}),
+    "merge": (ours.merge_attentions, {"outputs": [ROW, ROW], "lse_tensors": [ROW[..., 0], ROW[..., 0]]}),
+    "qk": (ours.functional.na1d_qk, {"query": HALF, "key": HALF, "kernel_size": 3, "rpb": torch.zeros(2, 5)}),
+    "av": (
+        ours.functional.na1d_av,
+        {"attn": torch.zeros(1, 2, 5, 5), "value": HALF, "kernel_size": 3, "additional_values": HALF[:, :, :2]},
+    ),
+    "old na2d": (legacy.na2d, {"query": MAP, "key": MAP, "value": MAP, "kernel_size": 3, "rpb": torch.zeros(2, 5, 5)}),
+    "module": (ours.NeighborhoodAttention2D, {"embed_dim": 8, "num_heads": 2, "kernel_size": 3, "proj_drop": 0.1}),
+    "any rank": (ours.modules.NeighborhoodAttentionGeneric, {"na_dim": 2, "embed_dim": 8, "num_heads": 2, "kernel_size": 3}),
+    "old module": (
+        legacy.NeighborhoodAttention2D,
+        {"dim": 8, "num_heads": 2, "kernel_size": 3, "rel_pos_bias": True, "qk_scale": None, "attn_drop": 0.1},
+    ),
+    "tokens": (lambda x: ours.NeighborhoodAttention2D(8, 2, 3)(x), {"x": torch.zeros(1, 5, 6, 8)}),
+    "old tokens": (lambda x: legacy.PaddedNeighborhoodAttention2D(8, 2, 3)(x), {"x": torch.zeros(1, 2, 6, 8)}),
+}
+WRONG = (
+    "a", "", b"x", math.nan, math.inf, 1j, [1.5], {}, object(), int, -1,
+    ROW.numpy(), ROW.to_sparse(), ROW.to("meta"), ROW.long(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_wrong_kinds_of_arguments_are_refused_in_one_sentence(name):
+    door, right = DOORS[name]
+    door(**right)
+    for option, value in itertools.product(right, WRONG):
+        if option in ("scale", "qk_scale") and isinstance(value, int):
+            continue  # a negative scale is one
+        with pytest.raises((TypeError, ValueError)) as caught:
+            door(**{**right, option: value})
+        for inside in ("has no attribute", "unsupported operand", "not supported between", "ambiguous"):
+            assert inside not in str(caught.value), (option, value)
+        assert str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -47,6 +48,69 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert count(load_data(source)) == 20
 
 
+def test_links_upwards_bring_no_images_of_other_classes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "d")
+    for name in ("all", "cat/all", "cat/above"):
+        (source / name).symlink_to(source.parent if name == "cat/above" else source)
+    data = load_data(source)
+    assert data.classes == CLASSES
+    assert count(data) == 15
+
+
+def test_names_need_not_be_text(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "d")
+    plain = load_data(source).fingerprint()
+    os.rename(source / "cat" / "0.png", os.fsencode(source / "cat") + b"/\xff.png")
+    assert load_data(source).fingerprint() != plain
+
+
+def test_splits_are_folders_of_classes_whatever_their_capitals(tmp_path: Path) -> None:
+    write_folder(tmp_path / "d" / "Train", 4)
+    write_folder(tmp_path / "d" / "Test", 3)
+    data = load_data(tmp_path / "d")
+    assert (len(data.train), len(data.val), data.classes) == (12, 9, CLASSES)
+    source = write_folder(tmp_path / "vehicles")
+    (source / "cat").rename(source / "train")
+    assert "train" in load_data(source).classes
+
+
+@pytest.mark.parametrize("names", [("Train.parquet", "Test.parquet"), ("train/0.parquet", "test/0.parquet")])
+def test_splits_of_tables_are_told_by_their_files_or_folders(names: tuple[str, str], tmp_path: Path) -> None:
+    for name, rows in zip(names, (10, 6), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_table(tmp_path / name, [0, 1] * (rows // 2))
+    data = load_data(tmp_path)
+    assert (len(data.train), len(data.val)) == (10, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"size": 10**6}, "size must be at most 4096"),
+        ({"size": "32"}, "size must be a whole number"),
+        ({"limit": 1.5}, "limit must be a whole number"),
+        ({"limit": True}, "limit must be a whole number"),
+        ({"pad": -1}, "pad must be at least 0"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"val_fraction": "a"}, "val_fraction must be a number"),
+        ({"spec": ""}, "data must be named by text or a path; got str ''"),
+        ({"spec": 3}, "data must be named by text or a path; got int 3"),
+        ({"spec": "~nosuchuser/x"}, "no data at .*~nosuchuser/x"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(options, error: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=error):
+        load_data(**{"spec": tmp_path, **options})
+
+
+def test_a_deep_grey_that_stands_for_nothing_is_white() -> None:
+    deep = np.full((9, 9), 40000, np.uint16)
+    deep[0] = 500
+    pixels = decode_image(saved(Image.fromarray(deep), "PNG", transparency=500), "a")
+    assert pixels[:, 0].eq(255).all()
+    assert pixels[:, 1].eq(round(40000 * 255 / 65535)).all()
+
+
 def test_files_that_cannot_be_decoded_here_are_counted_and_said(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "d")
     for name in ("a.heic", "b.HEIC"):
@@ -84,9 +148,9 @@ def test_all_unreadable_images_are_listed_before_training_or_left_out(tmp_path: 
 # ----- unusual images
 
 
-def saved(image: Image.Image, form: str) -> bytes:
+def saved(image: Image.Image, form: str, **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=form)
+    image.save(buffer, format=form, **options)
     return buffer.getvalue()
 
 
@@ -160,6 +224,11 @@ def test_labels_may_be_texts_or_whole_fractions(tmp_path: Path) -> None:
         ([0, None] * 4, {}, "row 1 has None"),
         ([[0], [1]] * 4, {}, "row 0 has list"),
         ([0, 1] * 4, {"column": list(range(8))}, "column image must hold bytes, the files of images; it holds int64"),
+        (
+            [0, 1] * 4,
+            {"metadata": json.dumps({"info": {"features": {"label": {"names": ["a", "a"]}}}})},
+            "two classes are named",
+        ),
         ([0, 1] * 4, {"metadata": "null"}, "metadata 'huggingface' holds None"),
         ([0, 1] * 4, {"metadata": "[1]"}, "metadata 'huggingface' holds list"),
         ([0, 1] * 4, {"metadata": "3"}, "metadata 'huggingface' holds int 3"),

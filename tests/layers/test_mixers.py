@@ -715,12 +715,33 @@ def test_errors_say_what_was_given_and_what_is_allowed(make, told):
         make()
 
 
-@pytest.mark.parametrize("name", ["bi_level_routing", "locally_enhanced", "msa_conv", "gated_positional"])
+@pytest.mark.parametrize(
+    "name",
+    ["bi_level_routing", "locally_enhanced", "msa_conv", "gated_positional", "window", "neighborhood", "grid", "halo", "strip"],
+)
 @pytest.mark.parametrize("grid", [(9,), (3, 3, 3)])
 def test_a_grid_of_another_rank_is_refused_by_mixers_made_for_one(name, grid):
     mixer = create_mixer(name, dim=16, heads=2, rank=2)
     with pytest.raises(ValueError, match=rf"expected x \(batch, 2 grid axes, 16\); got \(1, {', '.join(map(str, grid))}, 16\)"):
         mixer(torch.randn(1, *grid, 16))
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((2, 49, 16), r"got \(2, 49, 16\): give the tokens their grid, x.unflatten\(1, grid\)$"),
+        ((2, 16, 7, 9), r"got \(2, 16, 7, 9\): channels come last, x.movedim\(1, -1\)$"),
+        ((2, 7, 9, 8), r"got \(2, 7, 9, 8\)$"),
+    ],
+)
+def test_tokens_of_other_layouts_bring_what_makes_them_fit(shape, told):
+    with pytest.raises(ValueError, match=told):
+        create_mixer("window", dim=16, heads=2)(torch.randn(shape))
+
+
+def test_options_within_a_name_are_shown_where_they_belong():
+    with pytest.raises(ValueError, match=r"mixer=\('window', {\.\.\.}\); got 'window\(shift=1\)'"):
+        create_mixer("window(shift=1)", dim=16, heads=2)
 
 
 def test_a_mechanism_is_a_subclass_with_sources():

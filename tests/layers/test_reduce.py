@@ -249,3 +249,39 @@ def test_misfits_are_named():
         TokenReducer(0.5, prefix=PREFIX)(x, scores, TokenMap.full(3, N), count=12)
     with pytest.raises(ValueError, match=r"parents must be indices.*got torch.float64"):
         TreeReducer(0.5, prefix=PREFIX)(x, scores, TokenMap.full(3, N), scores)
+
+
+def test_what_is_no_map_and_no_token_of_it_is_refused():
+    tokens, x, scores = TokenMap.full(2, 6), torch.randn(2, 1 + 6, 3), torch.rand(2, 6)
+    doors = [
+        (TokenMap.full, {"batch": 2, "places": 6}),
+        (
+            tokens.then,
+            {"moved": torch.zeros(2, 6, dtype=torch.long), "survives": torch.ones(2, 6, dtype=torch.bool), "present": 1},
+        ),
+        (tokens.restore, {"x": x, "prefix": 1}),
+        (tokens.spread, {"weights": torch.rand(2, 6, 6)}),
+        (tokens.silence, {"x": x[:, 1:]}),
+        (split_by_score, {"scores": scores, "count": 2, "order": "score"}),
+        (cosine_rate, {"epoch": 3, "rate": 0.5, "start": 1, "span": 9}),
+        (TokenReducer(0.5), {"x": x, "scores": scores, "tokens": tokens, "count": 2}),
+        (FusingReducer(0.5), {"x": x, "scores": scores, "tokens": tokens, "count": 2}),
+        (MaskingReducer(0.5), {"x": x, "scores": scores, "tokens": tokens, "count": 2}),
+        (TreeReducer(0.5), {"x": x, "scores": scores, "tokens": tokens, "parents": torch.zeros(2, 6, dtype=torch.long)}),
+        (ResizingReducer(2), {"x": torch.randn(2, 2, 3, 4), "tokens": tokens}),
+        (lambda rate: setattr(TokenReducer(0.5), "rate", rate), {"rate": 0.5}),
+        (lambda size: setattr(ResizingReducer(2), "size", size), {"size": 2}),
+    ]
+    other = (x[:1], x.expand(2, 7, 3)[:, :, None], scores[:1], x.repeat(2, 1, 1))  # what broadcasting or gathering would take
+    wrong = ("a", "", 1.5j, math.nan, {}, object(), [None], x.numpy(), x.to("meta"), x.to_sparse(), x.long().bool(), *other)
+    for door, right in doors:
+        door(**right)
+        for name, value in itertools.product(right, wrong):
+            if door is split_by_score and value is other[2]:
+                continue  # scores of another batch are scores
+            with pytest.raises((TypeError, ValueError)) as caught:
+                door(**{**right, name: value})
+            for inside in ("has no attribute", "unsupported operand", "not supported between", "ambiguous", "argument"):
+                assert inside not in str(caught.value), (door, name, value)
+    with pytest.raises(ValueError, match="parents must list tokens from 0 to 5; got 6"):
+        TreeReducer(0.5)(x, scores, tokens, torch.full((2, 6), 6))

@@ -567,3 +567,18 @@ def test_a_compiled_model_is_captured_as_it_was_written(compiled_first):
         torch._dynamo.reset()
         compiled(x)  # compiles again once nobody looks
         assert torch._dynamo.utils.counters["frames"]["ok"] > ran
+
+
+def test_what_was_not_captured_is_told() -> None:
+    model = create_mixer("window", dim=16, heads=2, window_size=4)
+    with capture(model, rows=[(0.5,)]) as maps:  # a coordinate for the two axes
+        model(torch.randn(1, 8, 8, 16))
+    with pytest.raises(IndexError, match=r"no attention was captured: .* `rows` fit no grid of it"):
+        maps[0]
+    with capture(model, rows=[0]) as maps:
+        model(torch.randn(1, 8, 8, 16))
+    assert maps[-1] is maps[0]
+    with pytest.raises(IndexError, match="no attention 1 was captured; there are 1"):
+        maps[1]
+    with pytest.raises(TypeError, match=r"found must be one attention of a capture, such as maps\[0\]; got Maps"):
+        regard.lens.image_map(maps)

@@ -146,7 +146,12 @@ def test_command_writes_a_picture_and_a_page_that_needs_nothing_else(tmp_path, c
     ("arguments", "message"),
     [
         (("chelsea", "--model", "vit_tinny", "--rollout"), "vit_tinny"),
-        (("no-such.png", "--model", VIT, "--rollout"), "no image file no-such.png"),
+        (
+            ("no-such.png", "--model", VIT, "--rollout"),
+            "no-such.png; photographs that come along are astronaut, ",
+        ),
+        (("chelse", "--model", VIT, "--rollout"), "no image file chelse; did you mean chelsea?"),
+        (("chelsea", "--model", "tiny_dinoo", "--rollout"), "unknown model 'tiny_dinoo'; did you mean tiny_dino?"),
         (("{junk}", "--model", VIT, "--rollout"), "cannot read the image"),
         (("chelsea", "--model", VIT, "--query", "0.5,0.01"), "lies outside of what the model sees"),
         (("chelsea", "--model", VIT, "--query", "9,9,9"), "query must be y,x"),

@@ -419,3 +419,65 @@ def test_grids_that_are_no_windows_of_each_other_have_no_way_back(fine, coarse, 
         model(torch.randn(1, *fine, 8))
     with pytest.raises(ValueError, match=told):
         rollout(maps)
+
+
+def test_what_is_no_capture_row_share_or_class_is_refused():
+    model = regard.create_model("vit_tiny_patch16_224", depth=2, dim=16, head_dim=8, num_classes=3).eval()
+    images = torch.randn(1, 3, 32, 32)
+
+    def record(**options):
+        with capture(**{"model": model, **options}) as found:
+            model(images)
+        return found
+
+    maps = record()
+    doors = [
+        (
+            record,
+            {"model": model, "rows": [0], "layers": "*", "kinds": "*", "lazy": False, "gradients": False, "limit": 1 << 33},
+        ),
+        (regard.lens.rollout, {"maps": maps, "start": (0.0, 0.9), "heads": "mean", "attention_share": 0.5}),
+        (regard.lens.flow, {"maps": maps, "start": "mean", "item": 0, "targets": [0], "heads": "mean", "attention_share": 0.5}),
+        (
+            regard.lens.relevance,
+            {"model": model, "images": images, "target": 1, "start": (0, 1), "layers": "*", "limit": 1 << 33},
+        ),
+        (regard.lens.entropy, {"found": maps[0]}),
+        (regard.lens.distance, {"found": maps[0]}),
+        (regard.lens.head_similarity, {"found": maps[0], "kind": "js", "limit": 1 << 33}),
+        (regard.lens.effective_rank, {"found": maps[0], "limit": 1 << 33}),
+        (regard.lens.image_map, {"found": maps[0], "heads": "mean", "image_size": (32, 32)}),
+        (regard.lens.hop_profile, {"found": maps[0]}),
+        (
+            regard.lens.tokencut,
+            {"features": torch.randn(4, 4, 8), "patch_size": 1, "image_size": (4, 4), "weak": 0.1},
+        ),
+    ]
+    wrong = (
+        b"x",
+        1.5j,
+        float("nan"),
+        {},
+        object(),
+        int,
+        [None],
+        [(0.5, "a")],
+        [1.5],
+        -1,
+        "what",
+        torch.zeros(2, 2, 2).to_sparse(),
+    )
+    for door, right in doors:
+        door(**right)
+        for name, value in itertools.product(right, wrong):
+            if (name == "target" and value is int) or (name in ("layers", "kinds") and value == "what"):
+                continue  # what makes a number of the output; a pattern that nothing has
+            with pytest.raises((TypeError, ValueError)) as caught:
+                door(**{**right, name: value})
+            for inside in ("has no attribute", "unsupported operand", "not supported between", "ambiguous", "not iterable"):
+                assert inside not in str(caught.value), (door, name, value)
+    with pytest.raises(ValueError, match=r"start must lie inside the last grid \(2, 2\)"):
+        rollout(maps, (-0.2, 0.5))  # a fifth above the image is not its first row
+    for wrong_row in (True, 2.5, "a"):
+        with pytest.raises(TypeError, match="each of rows must be a whole number"):
+            record(rows=[wrong_row])

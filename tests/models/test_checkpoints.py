@@ -152,7 +152,7 @@ def test_saving_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("regard.models.checkpoints.save_file", fail)
+    monkeypatch.setattr("regard.models.checkpoints.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(nn.Linear(2, 2), path)
     assert path.read_bytes() == b"old"

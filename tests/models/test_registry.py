@@ -1,7 +1,9 @@
 """Models by name: errors that help, and options that reach the table."""
 
 import pytest
+import torch
 
+import regard
 from regard import create_model, list_models
 from regard.models import ModelCard, model_card, register_models
 
@@ -39,6 +41,8 @@ def test_a_name_like_no_other_brings_the_families_and_what_lists_all(name):
 def test_unknown_options_bring_the_ones_that_exist():
     with pytest.raises(ValueError, match=r"has no option kernel; its table takes dim, depths, dilations, .*kernel_size"):
         create_model("nat_mini", kernel=3)
+    with pytest.raises(ValueError, match=r"its table takes dim, .*; did you mean num_classes\?"):
+        create_model("nat_mini", num_clases=3)
 
 
 def test_patterns_select_names():
@@ -60,6 +64,8 @@ def test_names_are_registered_once():
         ({"out_indices": (0,)}, "out_indices goes with features_only"),
         ({"features_only": True, "out_indices": (5,)}, r"stages are 0 to 1.*got \[5\]"),
         ({"features_only": True, "out_indices": ()}, "stages are 0 to 1"),
+        ({"mixer": torch.nn.Identity}, "Identity'>: register_mixer of regard.layers.mixers gives a class a name"),
+        ({"mixer": regard.patterns.Axis(0)}, r"got Axis Axis\(0\): subclass PatternMixer"),
         ({"mixer": "windows"}, "unknown mixer 'windows'; did you mean window"),
         ({"mixer": ("window", {"dim": 4})}, "dim and heads are the model's"),
         ({"mixer": 7}, "mixer must be a name"),

@@ -67,6 +67,8 @@ def under(prefix, weights):
         {"anything": {"inside": WEIGHTS}, "epoch": 4, "optimizer": {"state": {}}},
         {"student": under("module.backbone.", OLD), "teacher": under("backbone.", WEIGHTS)},
         under("teacher.backbone.", WEIGHTS) | under("student.backbone.", OLD),
+        under("student.backbone.", OLD) | under("teacher.backbone.", WEIGHTS),
+        under("model.", OLD) | under("model_ema.", WEIGHTS),
         {"n_averaged": torch.tensor(3)} | under("module.", WEIGHTS),
         {"state_dict": under("m.", WEIGHTS), "hyper_parameters": {"lr": 0.1}, "pytorch-lightning_version": "2"},
         {"state_dict": under("encoder.backbone.net.", WEIGHTS)},
@@ -301,6 +303,145 @@ def test_real_numbers_for_whole_ones_are_refused_and_half_precision_loads():
     state = model.state_dict()
     with pytest.raises(ValueError, match=r"num_batches_tracked \(float32 where whole numbers are needed\)"):
         load_checkpoint(model, state | {"num_batches_tracked": torch.tensor(1.5)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_numbers_beyond_the_range_of_the_model_are_refused(dtype):
+    model = nn.Linear(2, 2).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    beyond = {"weight": torch.full((2, 2), 1e300, dtype=torch.float64), "bias": torch.zeros(2)}
+    with pytest.raises(ValueError, match=rf"weight \(beyond the range of {str(dtype).removeprefix('torch.')}\)"):
+        load_checkpoint(model, beyond)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    counter = nn.Module()
+    counter.register_buffer("count", torch.zeros(1, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"count \(beyond the range of int8\)"):
+        load_checkpoint(counter, {"count": torch.tensor([300])})
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_numbers_of_eight_bits_load_at_any_size(dtype):
+    small = {key: value.to(getattr(torch, dtype)) for key, value in WEIGHTS.items()}
+    for options in ({}, {"image_size": 96}, {"in_chans": 1}):
+        model, same_values = vit(1, **options), vit(1, **options)
+        load_checkpoint(model, small)
+        load_checkpoint(same_values, {key: value.float() for key, value in small.items()})
+        assert same(model, same_values)  # the same operators on the same numbers: bitwise by construction
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.register_buffer("rows", self.a.bias.detach()[:1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_parameter_of_two_names_is_saved_loaded_and_stays_one(device, tmp_path):
+    source = Tied()
+    save_checkpoint(source, tmp_path / "a.safetensors")
+    alone = {key: value for key, value in source.state_dict().items() if key != "b.weight"}
+    for content in (tmp_path / "a.safetensors", alone):
+        with torch.device(device):
+            model = Tied()
+        load_checkpoint(model, content)
+        assert same(model, source)
+        assert model.a.weight is model.b.weight
+    with pytest.raises(ValueError, match=r"one parameter but not equal: a\.weight and b\.weight"):
+        load_checkpoint(model, alone | {"b.weight": torch.zeros(2, 2)})
+
+
+def test_a_model_on_the_meta_device_has_tensors_of_its_own():
+    one = torch.ones(2)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2), nn.Linear(2, 2))
+    model.append(nn.Linear(2, 2))  # not on the meta device
+    given = {key: one.expand(*value.shape) for key, value in model.state_dict().items()}
+    load_checkpoint(model, given)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.mul_(3.0)
+    assert all(torch.equal(value, torch.full_like(value, 3.0)) for value in model.state_dict().values())
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    load_checkpoint(model, {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "bias": one})
+    assert model.weight.dtype == torch.float32
+
+
+def test_two_tensors_of_one_name_are_refused_unless_equal():
+    own = nn.Linear(2, 2).state_dict()
+    for wrap in (lambda v: {"_orig_mod.weight": v}, lambda v: {"module._orig_mod.weight": v, "module.weight": own["weight"]}):
+        with pytest.raises(ValueError, match=r"holds two tensors of the name (module\.)?weight"):
+            load_checkpoint(nn.Linear(2, 2), own | wrap(own["weight"] + 1))
+    load_checkpoint(nn.Linear(2, 2), own | {"_orig_mod.weight": own["weight"].clone()})
+
+
+def test_dictionaries_that_hold_each_other_come_to_an_end():
+    around: dict = {"a": {"w": torch.ones(1)}}
+    around["model"] = around
+    with pytest.raises(ValueError, match="entries within entries"):
+        load_checkpoint(nn.Linear(2, 2), around)
+    many: dict = {"x": 1}
+    for _ in range(20):
+        many = {str(i): many for i in range(30)}
+    with pytest.raises(ValueError, match="holds no tensors"):
+        load_checkpoint(nn.Linear(2, 2), {"model": many})
+
+
+class Remembering(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_file_cannot_hold_is_named_before_it_is_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for model, why in (
+        (nn.Linear(2, 2, device="meta"), r"weight \(on the meta device"),
+        (nn.LazyLinear(2), r"weight \(not initialised"),
+        (Remembering(2, 2), r"_extra_state \(a dict\)"),
+        (nn.ParameterDict({"z": nn.Parameter(torch.zeros(2, dtype=torch.complex128))}), r"z \(complex128\)"),
+        (nn.ParameterDict({"z": nn.Parameter(torch.zeros(2).to_sparse())}), r"z \(sparse_coo\)"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            save_checkpoint(model, path)
+        assert list(tmp_path.iterdir()) == []
+    for model in (nn.LazyLinear(2), Remembering(2, 2)):
+        with pytest.raises(ValueError, match="no tensor, or not initialised"):
+            load_checkpoint(model, nn.Linear(2, 2).state_dict())
+    for source in (None, {"weight": torch.ones(2)}):
+        with pytest.raises(TypeError, match="model must be a module"):
+            save_checkpoint(source, path)
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        save_checkpoint(nn.Linear(2, 2), path)
+
+
+def test_conjugates_are_saved_as_they_read(tmp_path):
+    model = nn.Module()
+    model.register_buffer("z", torch.tensor([1 + 2j]).conj())
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    assert read_state_dict(tmp_path / "a.safetensors")["z"].item() == 1 - 2j
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "a page of the web"),
+        (b'{"metadata": {}, "weight_map": {"weight": "model-00001-of-00002.safetensors"}}', "index of a checkpoint in several"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "compressed by gzip"),
+        (b"\x93NUMPY\x01\0v\0{'descr'", "an array of numpy"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_that_are_taken_for_checkpoints_are_told(content, said, suffix, tmp_path):
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / f"a.{suffix}")
 
 
 def test_names_that_are_not_text_are_refused():

@@ -67,3 +67,21 @@ def test_errors_quote_what_was_given():
         Footprint((3, 3), "list", prefix=1).spread(torch.rand(1, 1, 1, 9))
     with pytest.raises(ValueError, match=r"has 2 axes but the key grid is \(9,\)"):
         Footprint((3, 3)).spread(torch.rand(1, 1, 1, 9))
+
+
+def test_a_footprint_of_no_numbers_is_refused():
+    for wrong in (None, "44", 4, (), (4, 0), (4.0, 4), ("a", 2), [[4], [4]]):
+        with pytest.raises((TypeError, ValueError), match="grid"):
+            Footprint(wrong)
+    for wrong in ("2", 2.0, True, (2,), (2, 0), [1, 2, 3]):
+        with pytest.raises((TypeError, ValueError), match="ratio"):
+            Footprint((4, 4), "windows", wrong)
+    for wrong in (1, "11", (1,), (1, 2.0)):
+        with pytest.raises((TypeError, ValueError), match="start"):
+            Footprint((4, 4), "cells", start=wrong)
+    for wrong in (None, -1, 1.0, "1"):
+        with pytest.raises((TypeError, ValueError), match="prefix"):
+            Footprint((4, 4), "list", prefix=wrong)
+    for wrong in (None, [1.0], torch.ones(1, 1, 1, 4, 4, dtype=torch.bool), torch.ones(1, 1, 1, 4, 4).to_sparse()):
+        with pytest.raises(TypeError, match="weights must be"):
+            Footprint((4, 4)).spread(wrong)

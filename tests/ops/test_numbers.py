@@ -196,6 +196,40 @@ def test_any_scale_is_right_in_every_backend(pattern, scale):
         torch.testing.assert_close(attend(*single, pattern, scale=scale), expected[0].float(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_almost_nothing_is_the_mean_of_what_is_seen(dtype, backend):
+    x = randn(1, 12, 2, 8).to(dtype)
+    expected = torch.stack([x[:, : n + 1].double().mean(1) for n in range(12)], 1)
+    for scale in (1e-40, 1e-320):
+        torch.testing.assert_close(
+            attend(x, x, x, "causal", scale=scale, backend=backend), expected.to(dtype), atol=8e-3, rtol=8e-3
+        )
+    with pytest.raises(ValueError, match="scale must be a finite number of at least"):
+        attend(x, x, x, scale=1e39, backend=backend)
+    with pytest.raises(ValueError, match="sink must be a finite number of at least"):
+        attend(x, x, x, sink=1e39, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min, -1e300])
+def test_a_finite_bias_beyond_the_dtype_hides_no_whole_row(dtype, backend, lowest):
+    """Masks are often written as a large number: where it stands at all keys of a query, none is hidden."""
+    x = randn(1, 6, 2, 8).mul(0.1).to(dtype)
+    bias = torch.zeros(1, 1, 6, 6, dtype=torch.float64 if lowest == -1e300 else torch.float32)
+    bias[:, :, 2], bias[:, :, 3, 1:], bias[:, :, 4, 2] = lowest, lowest, -lowest
+    bias.requires_grad_()
+    out = attend(x, x, x, bias=bias, backend=backend)
+    torch.testing.assert_close(out[:, 2].double(), x.double().mean(1), atol=1e-2, rtol=1e-2)  # logits so small hardly differ
+    torch.testing.assert_close(out[:, 3], x[:, 0])
+    torch.testing.assert_close(out[:, 4], x[:, 2])
+    (grad,) = torch.autograd.grad(out[:, 2].float().sum(), bias)
+    values = x.double().sum(-1).transpose(1, 2)
+    expected = ((values - values.mean(-1, keepdim=True)) / 6).sum(1)
+    torch.testing.assert_close(grad[:, 0, 2].double(), expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("sink", [-INF, INF, torch.tensor([-INF, INF], dtype=torch.float64)])
 @pytest.mark.parametrize("sees", [True, False])
 def test_a_sink_at_the_ends_of_the_range_is_none_or_takes_everything(sink, sees):

@@ -56,7 +56,7 @@ def launched(monkeypatch):
 
 @TRITON
 @pytest.mark.skipif(HERE, reason="this is that process")
-@pytest.mark.parametrize("only", ["float32", "routed or float16 or device"])
+@pytest.mark.parametrize("only", ["float32", pytest.param("routed or float16 or device", marks=pytest.mark.slow)])
 def test_kernels_under_the_interpreter(only):
     run_interpreted(__file__, only)
 

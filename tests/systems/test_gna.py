@@ -180,6 +180,7 @@ def fully_block_sparse(length, kernel, stride, q_tile, k_tile):
     )
 
 
+@pytest.mark.slow
 def test_the_published_block_sparse_test_never_drops_a_mask_that_is_needed():
     """For the tiles that kernels have. It misses some settings that need no mask, and with query tiles of one token or key
     tiles of three it flags some that do; the walk looks at every tile instead and is exact.

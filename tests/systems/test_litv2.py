@@ -10,7 +10,7 @@ from naive_backbones import batch_norm, conv, layer_norm, linear, multiply_adds,
 
 from regard import create_mixer, create_model, list_models
 from regard.bench import count
-from regard.models import count_parameters, model_card
+from regard.models import count_parameters, load_checkpoint, model_card
 from regard.models.backbones.lit import DeformableMerging
 
 SIZES = {  # dim, depths, published parameters
@@ -70,9 +70,13 @@ def at(x, row, column):
     return x[row, column] if inside else torch.zeros_like(x[0, 0])
 
 
-def naive_merging(x, weights, name):
-    """The deformable convolution of one image, tap by tap; offsets come as (row, column) of each tap in row-major order."""
-    x = F.pad(x, [0, 0, 0, x.shape[1] % 2, 0, x.shape[0] % 2])
+def naive_merging(x, weights, name, *, drop=False):
+    """The deformable convolution of one image, tap by tap; offsets come as (row, column) of each tap in row-major order.
+
+    The last of an odd number of rows is filled up to a square, or none is made of it.
+    """
+    if not drop:
+        x = F.pad(x, [0, 0, 0, x.shape[1] % 2, 0, x.shape[0] % 2])
     offsets = conv(x[None], weights, f"{name}.dconv.conv_offset", stride=2)[0]
     kernel, out = weights[f"{name}.dconv.weight"], []
     for row in range(x.shape[0] // 2):
@@ -106,7 +110,7 @@ def naive_litv2(image, weights, depths, sizes, *, alpha=0.9, pad=False):
             hidden = F.gelu(conv(hidden, weights, f"{name}.mlp.dwconv.dwconv", groups=hidden.shape[-1]))
             x = x + linear(hidden, weights, f"{name}.mlp.fc2")
         if stage < len(depths) - 1:
-            x = torch.stack([naive_merging(each, weights, f"layers.{stage}.downsample") for each in x])
+            x = torch.stack([naive_merging(each, weights, f"layers.{stage}.downsample", drop=pad) for each in x])
     return linear(layer_norm(x, weights, "norm").mean((1, 2)), weights, "head")
 
 
@@ -236,6 +240,34 @@ def test_merging_starts_as_a_plain_convolution():
     x = torch.randn(2, 5, 8, 6, dtype=torch.float64)
     plain = merging.conv(F.pad(x, [0, 0, 0, 0, 0, 1]).movedim(-1, 1)).movedim(1, -1)
     torch.testing.assert_close(merging(x), F.gelu(merging.norm(plain)), rtol=1e-12, atol=1e-12)
+
+
+def test_taps_may_be_moved_to_the_row_that_no_square_is_made_of():
+    torch.manual_seed(0)
+    merging = randomise(DeformableMerging(6, 10, pad="token", dtype=torch.float64)).eval()
+    x = torch.randn(1, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    merging.offset.weight.data.zero_()
+    merging.offset.bias.data.zero_()
+    assert merging(x).shape == (1, 2, 2, 10)
+    torch.testing.assert_close(merging(x), F.gelu(merging.norm(merging.conv(x.movedim(-1, 1)).movedim(1, -1))))
+    merging.offset.bias.data[::2] = 1.0  # all taps one row down
+    (gradient,) = torch.autograd.grad(merging(x).sum(), x)
+    assert gradient[:, 4].any()
+    assert not gradient[:, 0].any()
+
+
+@pytest.mark.parametrize("pad", ["mask", "token"])
+def test_merging_leaves_something_of_a_single_row(pad):
+    merging = DeformableMerging(6, 10, pad=pad)
+    assert merging(torch.randn(2, 1, 8, 6)).shape == (2, 1, 4, 10)
+    assert merging(torch.randn(2, 1, 1, 6)).shape == (2, 1, 1, 10)
+    assert merging(torch.randn(2, 1, 5, 6)).shape == (2, 1, 3 if pad == "mask" else 2, 10)
+
+
+def test_official_weights_bring_how_the_release_merges_odd_maps():
+    model, weights = tiny("litv2_small", **NARROW)
+    load_checkpoint(model, weights)
+    assert {each.pad for each in model.modules() if isinstance(each, DeformableMerging)} == {"token"}
 
 
 def test_offsets_learn_where_to_look():

@@ -159,6 +159,7 @@ def test_window_and_grid_together_reach_a_whole_map_that_divides_up_to_their_siz
     assert reached.all() == everywhere
 
 
+@pytest.mark.slow
 def test_attention_cost_is_linear_in_the_image():
     model = create_model(TINY, device="meta")
     pairs = []

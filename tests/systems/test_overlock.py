@@ -299,6 +299,7 @@ def test_fusing_folds_the_dilated_kernels_and_changes_no_logit():
         assert not any(isinstance(m, (ConvNorm, DilatedConvNorm)) for m in fused.modules())
 
 
+@pytest.mark.slow
 def test_the_merged_table_holds_the_kernels_that_merging_gives():
     model, _ = tiny("overlock_xt", **NARROW)
     merged = create_model("overlock_xt_reparam", num_classes=5, **NARROW, **DOUBLE).eval()

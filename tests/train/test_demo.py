@@ -120,7 +120,7 @@ def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, m
 
     trains = "window: training for 3 epochs"
     interrupt(0)
-    assert told == [trains, "window: stopped before its first checkpoint, begins anew"]
+    assert told == [trains, "window: stopped before its first checkpoint; it will begin anew"]
     interrupt(1)
     assert told == [trains, "window: kept after 1 epoch of 3"]
     interrupt(2)

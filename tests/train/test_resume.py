@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from regard.data import photo_crops
+from regard.files import alone_in
 from regard.models import create_model
 from regard.train.fitting import Recipe, fit
 from regard.train.resume import RunFiles, read_checkpoint, resumable, write_checkpoint
@@ -40,7 +41,7 @@ def trained(folder: Path, **options):
     torch.manual_seed(1)
     model = create_model("compact_nano", num_classes=3, mixer="window", drop_path_rate=0.5, drop_rate=0.2)
     recipe = Recipe(epochs=2, batch_size=len(data.train) // 6, seed=5)
-    return fit(model, data, recipe, folder, progress=False, checkpoint_every=2, **options)
+    return fit(model, data, options.pop("recipe", recipe), folder, progress=False, checkpoint_every=2, **options)
 
 
 def digest(module: torch.nn.Module) -> str:
@@ -102,6 +103,62 @@ class Payload:
 
     def __reduce__(self):
         return Path.touch, (self.flag,)
+
+
+def test_a_run_of_other_data_or_another_recipe_begins_again(uninterrupted, tmp_path: Path) -> None:
+    trained(tmp_path, recipe=Recipe(epochs=2, batch_size=8, seed=6))
+    told: list[str] = []
+    module = trained(tmp_path, tell=told.append)
+    assert (digest(module), module.history) == uninterrupted
+    assert "last.ckpt is of a run with other data or another recipe; it was set aside as last.ckpt.damaged" in told[0]
+    told.clear()
+    assert digest(trained(tmp_path, tell=told.append)) == uninterrupted[0]  # complete: nothing is trained again
+    assert told == []
+
+
+HELD = """
+import sys
+from pathlib import Path
+from regard.files import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HELD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"another process works in .*: wait for it, or choose another folder"):
+            trained(tmp_path)
+        other.kill()
+    with alone_in(tmp_path):
+        pass
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from regard.models import save_checkpoint
+from regard.train.resume import RunFiles
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+for write in (lambda path: RunFiles().save_checkpoint({"a": torch.ones(9000)}, path / "last.ckpt"),
+              lambda path: save_checkpoint(torch.nn.Linear(90, 90), path / "a.safetensors")):
+    try:
+        write(Path(sys.argv[1]))
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    RunFiles().save_checkpoint({"number": 1}, tmp_path / "last.ckpt")
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.count(f"cannot write in {tmp_path}: ") == 2
+    assert read_checkpoint(tmp_path / "last.ckpt") == {"number": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 CHECKPOINT = {

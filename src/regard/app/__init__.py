@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 
 __all__ = ["launch"]
 
@@ -25,7 +26,7 @@ def launch(host: str = "127.0.0.1", port: int | None = 7860, *, wait: bool = Tru
 
     Raises:
         ModuleNotFoundError: gradio is missing: install ``regard[app]``.
-        ValueError: the port is taken.
+        ValueError: the port is taken; no such address.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,12 @@ def launch(host: str = "127.0.0.1", port: int | None = 7860, *, wait: bool = Tru
     from .page import serve
 
     try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ValueError(f"this machine has no address {host!r} to listen on: {error.strerror}") from error
+    try:
         return serve(host, port, wait)
     except OSError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {error}") from error
+        raise ValueError(
+            f"cannot listen on {host}:{port}: it is taken or not for us; --port, port= in Python, chooses another"
+        ) from error

@@ -175,10 +175,10 @@ def _compare_tab(page: gr.Blocks, files: bool) -> None:
     gr.HTML(hint(f"{CLICK} Its queries and keys are random projections of the photograph, unless weights are given below."))
     with gr.Row(equal_height=True):
         photo, send = _photo_row("")
-        grid = gr.Dropdown([(f"{n}x{n}", n) for n in compare.GRIDS], value=56, label="Tokens", elem_id="grid", min_width=90)
-        heads = gr.Dropdown([1, 2, 4, 8], value=4, label="Heads", elem_id="heads", min_width=80)
-        dim = gr.Dropdown([32, 64, 96, 128, 192, 256, 384], value=64, label="Channels", min_width=90)
-        head = gr.Dropdown([MEAN, *range(8)], value=MEAN, label="Show head", elem_id="head", min_width=90)
+        grid = gr.Dropdown([(f"{n}x{n}", n) for n in compare.GRIDS], value=56, label="Tokens", elem_id="grid", min_width=120)
+        heads = gr.Dropdown([1, 2, 4, 8], value=4, label="Heads", elem_id="heads", min_width=120)
+        dim = gr.Dropdown([32, 64, 96, 128, 192, 256, 384], value=64, label="Channels", min_width=120)
+        head = gr.Dropdown([MEAN, *range(8)], value=MEAN, label="Show head", elem_id="head", min_width=120)
         kinds = [("pattern alone", "pattern"), ("weights", "random")]
         weights = gr.Dropdown(kinds, value="random", label="Show", elem_id="weights", min_width=130)
     trouble = gr.HTML("", elem_id="trouble", elem_classes="line")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import load_data, photo_crops, photograph, to_grey
-from ..files import check_folder, read_kept, write_json
+from ..files import alone_in, check_folder, read_kept, write_json
 from ..train.fitting import Recipe
 from .contenders import DEMO, parse_mixer, parse_mixers
 from .report import write_report
@@ -154,7 +154,8 @@ def _run(
     if fresh:
         settings.measured.unlink(missing_ok=True)
         for contender in settings.contenders:
-            shutil.rmtree(settings.folder(contender), ignore_errors=True)
+            with alone_in(settings.folder(contender)):
+                shutil.rmtree(settings.folder(contender), ignore_errors=True)
     tell(settings.data.description)
     outcomes = compare(settings, progress=progress, tell=tell)
     looks = look(outcomes, settings.data.val.normalised(seen), queries)

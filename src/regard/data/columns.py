@@ -64,6 +64,8 @@ def numbered(splits: Sequence[Sequence[Any]], names: Sequence[str], where: str) 
     Raises:
         ValueError: texts and numbers, a text that is no name, or see :func:`class_numbers`.
     """
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{where}: two classes are named {shown(twice)}")
     values = [value for labels in splits for value in labels]
     if values and all(isinstance(value, str) for value in values):
         classes = list(names) or sorted(set(values))

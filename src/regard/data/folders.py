@@ -12,7 +12,10 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".heic", ".heif"}
 )
 """Of files that are images."""
-_LEFTOVERS = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir"})
+_LEFTOVERS = frozenset(
+    {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+     "__pycache__"}
+)  # fmt: skip
 
 
 def is_leftover(name: str) -> bool:
@@ -20,13 +23,24 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
+def folders_in(path: Path) -> list[Path]:
+    """The folders in a folder, without what is left behind and links to what this folder lies in."""
+    children = [child for child in sorted(path.iterdir()) if child.is_dir() and not is_leftover(child.name)]
+    return [child for child in children if not _holds(os.path.realpath(child), os.path.realpath(path))]
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether one real path is the other or that of a folder above it."""
+    return os.path.commonpath([outer, inner]) == outer
+
+
 def class_names(path: Path) -> list[str]:
-    """The folders in a folder, each a class.
+    """The folders in a folder, each a class; links to what this folder lies in are none.
 
     Raises:
         ValueError: there is none.
     """
-    names = sorted(child.name for child in path.iterdir() if child.is_dir() and not is_leftover(child.name))
+    names = sorted(child.name for child in folders_in(path))
     if not names:
         raise ValueError(f"{path}: no classes; expected one folder of images per class, or parquet files")
     return names
@@ -88,10 +102,11 @@ def _decoded() -> frozenset[str]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The files under a folder, through links but no folder twice, without what is left behind."""
+    """The files under a folder, through links but no folder twice or up again, without what is left behind."""
     seen: set[str] = set()
+    above = os.path.dirname(os.path.realpath(path))
     for folder, inner, names in os.walk(path, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
+        if (real := os.path.realpath(folder)) in seen or _holds(real, above):  # where the other classes are
             inner.clear()
             continue
         seen.add(real)

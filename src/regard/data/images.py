@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,6 +146,10 @@ def as_seen(opened: Any) -> Any:
         if not (least >= 0.0 and most <= 255.0):  # not finite ones neither
             raise ValueError(f"its pixels are fractions from {least:g} to {most:g}; they must be from 0 to 1, or from 0 to 255")
         picture = Image.fromarray((fractions * (255.0 if most <= 1.0 else 1.0)).round().astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if picture.mode.startswith("I") and isinstance(clear, int):  # a grey of 16 bits that stands for nothing
+        grey = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray(np.where(grey == clear, 65535, grey).astype(np.int32))
     if picture.mode.startswith("I"):  # 16 or 32 bits, which Pillow would clip at 255
         grey = np.asarray(picture, np.float64)
         most = 65535.0 if 255.0 < grey.max() <= 65535.0 else max(255.0, float(grey.max()))
@@ -247,7 +252,7 @@ class VisionData:
             digest.update(samples.images.labels.numpy().tobytes())
             for item in samples.images.items:
                 if isinstance(item, Path):
-                    digest.update(f"{item.name}:{item.stat().st_size}".encode())
+                    digest.update(os.fsencode(f"{item.name}:{item.stat().st_size}"))  # a name need not be text
                 else:
                     digest.update(item if isinstance(item, bytes) else item.numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice, shown
+from ..checks import LARGEST, check_choice, check_integer, check_number, shown
 from ..files import one_line
+from ..names import nearest
 from .columns import IMAGES, LABELS, choose_column, class_numbers, numbered
 from .embedded import photo_crops
-from .folders import class_folders, class_names, is_leftover, said_of
+from .folders import class_folders, class_names, folders_in, is_leftover, said_of
 from .images import ImageSet, Samples, VisionData, decode_image
 
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
-LARGEST_DEFAULT_SIZE = 64
+LARGEST_DEFAULT_SIZE, LARGEST_SIZE = 64, 4096
 
 BAD_LISTED = 3
 """Unreadable images that an error names."""
@@ -65,11 +66,19 @@ def load_data(
         ValueError: no classes, a class or a split without images, unknown labels, unreadable images, missing columns.
     """
     check_choice("bad", bad, ("error", "skip"))
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1; got {limit}")
-    if size is not None and size < 8:
-        raise ValueError(f"size must be at least 8 pixels; got {size}")
-    if not 0.0 < val_fraction < 1.0:
+    if not isinstance(spec, (str, Path)):
+        raise TypeError(f"data must be named by text or a path; got {shown(spec)}")
+    if not str(spec).strip():
+        raise ValueError(f"data must be named by text or a path; got {shown(spec)}")
+    for name, value, low, high in (
+        ("limit", limit, 1, LARGEST),
+        ("size", size, 8, LARGEST_SIZE),
+        ("pad", pad, 0, LARGEST_SIZE),
+    ):
+        if value is not None:
+            check_integer(name, value, low, high)
+    check_integer("seed", seed, 0, 2**32 - 1)
+    if not 0.0 < check_number("val_fraction", val_fraction) < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1; got {val_fraction}")
     if str(spec) == "embedded":
         return photo_crops(size or LARGEST_DEFAULT_SIZE, seed=seed)
@@ -126,11 +135,13 @@ def _readable(images: list[ImageSet], classes: Sequence[str], bad: str, spec: st
 
 
 def _find(spec: str | Path, val_fraction: float, seed: int, remarks: list[str]) -> tuple[Split, Split, Sequence[str]]:
-    path = Path(spec).expanduser()
     try:
+        path = Path(spec).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
     except OSError as error:  # such as a name that is too long
         raise FileNotFoundError(f"no data at {shown(str(spec))}: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # no such user, letters that no path has
+        raise FileNotFoundError(f"no data at {shown(str(spec))}: {one_line(error)}") from None
     if is_file:
         if path.suffix != ".parquet":
             raise ValueError(f"{path}: expected a folder or a .parquet file; got {path.suffix or 'a file without suffix'}")
@@ -155,7 +166,7 @@ def _find(spec: str | Path, val_fraction: float, seed: int, remarks: list[str]) 
 
 
 def _image_folder(path: Path, val_fraction: float, seed: int, remarks: list[str]) -> tuple[Split, Split, Sequence[str]]:
-    folders = {child.name: child for child in sorted(path.iterdir()) if child.is_dir() and not is_leftover(child.name)}
+    folders = {child.name.lower(): child for child in reversed(folders_in(path))}
 
     def images(folder: Path, all_of_them: bool = True) -> Split:
         items, labels, passed = class_folders(folder, classes, all_of_them=all_of_them)
@@ -164,6 +175,8 @@ def _image_folder(path: Path, val_fraction: float, seed: int, remarks: list[str]
         return list(items), labels
 
     train = next((folders[name] for name in TRAIN_NAMES if name in folders), None)
+    if train is not None and not folders_in(train):  # a class of that name
+        train = None
     val = next((folders[name] for name in VAL_NAMES if name in folders), None)
     if train is not None and val is not None:
         classes = class_names(train)
@@ -178,10 +191,17 @@ def _image_folder(path: Path, val_fraction: float, seed: int, remarks: list[str]
 
 def _parquet_folder(path: Path, files: list[Path], val_fraction: float, seed: int) -> tuple[Split, Split, Sequence[str]]:
     def starting(names: Sequence[str]) -> list[Path]:
-        name = next((n for n in names if any(file.name.startswith(n) for file in files)), None)
-        return [file for file in files if name and file.name.startswith(name)]
+        name = next((n for n in names if any(file.name.lower().startswith(n) for file in files)), None)
+        return [file for file in files if name and file.name.lower().startswith(name)]
+
+    def within(names: Sequence[str]) -> list[Path]:
+        folders = {file: {part.lower() for part in file.relative_to(path).parts[:-1]} for file in files}
+        name = next((n for n in names if any(n in parts for parts in folders.values())), None)
+        return [file for file, parts in folders.items() if name in parts]
 
     train, val = starting(TRAIN_NAMES), starting(VAL_NAMES)
+    if not train or not val:
+        train, val = within(TRAIN_NAMES), within(VAL_NAMES)
     if not train or not val:
         splits, classes = _parquet([files])
         return (*_hold_out(splits[0], val_fraction, seed), classes)
@@ -261,7 +281,8 @@ def _hub(name: str, val_fraction: float, seed: int) -> tuple[Split, Split, Seque
         loaded = datasets.load_dataset(name)
     except Exception as error:  # whatever the hub client, the network or the dataset raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no file or folder {name}, and datasets cannot load that name: {reason}") from error
+        hint = "; did you mean embedded?" if nearest(name, ["embedded"]) else ""
+        raise FileNotFoundError(f"no file or folder {name}, and datasets cannot load that name: {reason}{hint}") from error
     return _from_datasets(loaded, name, val_fraction, seed)
 
 

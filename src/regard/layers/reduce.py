@@ -26,7 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked
+from ..checks import (
+    FLOATS,
+    LARGEST,
+    check_device,
+    check_integer,
+    check_number,
+    check_range,
+    check_sizes,
+    check_tensor,
+    checked,
+    shown,
+)
 from ..ops.patterns import Ints
 from .pools import resize_tokens, sizes_of
 
@@ -44,6 +55,8 @@ class TokenMap(NamedTuple):
     @classmethod
     def full(cls, batch: int, places: int, device: torch.device | str | None = None) -> TokenMap:
         """Every place stands for itself."""
+        batch, places = check_integer("batch", batch), check_integer("places", places, 1)
+        device = check_device("device", device)
         place = torch.arange(places, device=device).expand(batch, places)
         return cls(place, torch.ones_like(place, dtype=torch.bool), places)
 
@@ -54,7 +67,15 @@ class TokenMap(NamedTuple):
             moved: ``(batch, n)``: for each present token the index of the one that stands for it afterwards, or -1.
             survives: ``(batch, n)`` boolean: whether it is that token itself.
             present: tokens there are afterwards.
+
+        Raises:
+            TypeError, ValueError: other dtypes, shapes or devices.
         """
+        check_integer("present", present)
+        for name, tensor, kind in (("moved", moved, torch.int64), ("survives", survives, torch.bool)):
+            check_tensor(name, tensor, (kind,), device=self.place.device)
+            if tuple(tensor.shape) != (self.place.shape[0], self.present):
+                raise ValueError(f"{name} must be ({self.place.shape[0]}, {self.present}), (batch, n); got {shown(tensor)}")
         known = self.place >= 0
         at = self.place.clamp(min=0)
         place = moved.gather(1, at).masked_fill(~known, -1)
@@ -62,6 +83,9 @@ class TokenMap(NamedTuple):
 
     def silence(self, x: Tensor) -> Tensor:
         """Zero the tokens ``(batch, places, ...)`` of places that are not alive, where dropped tokens stay in place."""
+        check_tensor("x", x, device=self.alive.device, what="(batch, places, ...)")
+        if x.shape[:2] != self.alive.shape:
+            raise ValueError(f"expected tokens (batch, places, ...) = {(*self.alive.shape, ...)}; got {tuple(x.shape)}")
         return x.masked_fill(~self.alive.reshape(*self.alive.shape, *[1] * (x.ndim - 2)), 0.0)
 
     def restore(self, x: Tensor, prefix: int = 1) -> Tensor:
@@ -73,7 +97,16 @@ class TokenMap(NamedTuple):
 
         Returns:
             ``(batch, places, dim)``: the features of the token that stands for each place, 0 where none does.
+
+        Raises:
+            TypeError, ValueError: no such tokens.
         """
+        check_integer("prefix", prefix)
+        check_tensor("x", x, device=self.place.device, what="(batch, prefix + n, dim)")
+        counts = {self.present, self.place.shape[1]}  # or all of them, where dropped ones stay as zeros
+        if x.ndim != 3 or x.shape[0] != self.place.shape[0] or x.shape[1] - prefix not in counts:
+            expected = f"({self.place.shape[0]}, {prefix} + {self.present}, dim)"
+            raise ValueError(f"expected tokens (batch, prefix + n, dim) = {expected}; got {tuple(x.shape)}")
         features = x[:, prefix:]
         index = self.place.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return features.gather(1, index).masked_fill((self.place < 0).unsqueeze(-1), 0.0)
@@ -86,7 +119,15 @@ class TokenMap(NamedTuple):
 
         Returns:
             ``(batch, places, places)``: those of the places' own tokens, 0 where one is gone.
+
+        Raises:
+            TypeError, ValueError: no such weights.
         """
+        check_tensor("weights", weights, device=self.place.device, what="(batch, n, n)")
+        batch, places = self.place.shape
+        if tuple(weights.shape) not in ((batch, self.present, self.present), (batch, places, places)):
+            expected = (batch, self.present, self.present)
+            raise ValueError(f"expected weights (batch, n, n) = {expected}; got {tuple(weights.shape)}")
         index = self.place.clamp(min=0)
         rows = weights.gather(1, index.unsqueeze(2).expand(-1, -1, weights.shape[2]))
         both = rows.gather(2, index.unsqueeze(1).expand(-1, index.shape[1], -1))
@@ -116,11 +157,16 @@ def split_by_score(scores: Tensor, count: int, order: str = "score") -> Split:
     Raises:
         ValueError: a count out of range; an unknown order.
     """
+    check_tensor("scores", scores, what="(batch, n)")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be (batch, n); got {tuple(scores.shape)}")
     n = scores.shape[-1]
+    count = check_integer("count", count, None)
     if not 1 <= count <= n:
         raise ValueError(f"the number of tokens to keep must be in 1..{n}; got {count}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be 'score' or 'position'; got {order!r}")
+    if not isinstance(order, str) or order not in ORDERS:
+        given = repr(order) if isinstance(order, str) else shown(order)
+        raise ValueError(f"order must be 'score' or 'position'; got {given}")
     ranked = scores.detach().sort(dim=-1, descending=True, stable=True).indices
     kept, dropped = ranked[:, :count], ranked[:, count:]
     return Split(kept, dropped) if order == "score" else Split(kept.sort(-1).values, dropped.sort(-1).values)
@@ -157,7 +203,7 @@ class TokenReducer(nn.Module):
 
     @rate.setter
     def rate(self, value: float) -> None:
-        if not 0.0 < value <= 1.0:
+        if not 0.0 < check_number("rate", value) <= 1.0:
             raise ValueError(f"rate must be in (0, 1]; got {value}")
         self._rate = value
 
@@ -173,13 +219,16 @@ class TokenReducer(nn.Module):
         Returns:
             The remaining tokens, prefix first, and the map after this reduction.
         """
-        n = x.shape[1] - self.prefix
-        if x.ndim != 3 or tuple(scores.shape) != (x.shape[0], n) or n != self.expected(tokens):
+        _check_map(tokens)
+        check_tensor("x", x, device=tokens.place.device, what="(batch, prefix + n, dim)")
+        check_tensor("scores", scores, device=x.device, what="(batch, n)")
+        batch, n = tokens.place.shape[0], self.expected(tokens)
+        if x.ndim != 3 or x.shape[:2] != (batch, self.prefix + n) or tuple(scores.shape) != (batch, n):
             raise ValueError(
                 f"expected tokens (batch, {self.prefix} + {self.expected(tokens)}, dim) and a score for each but the prefix; "
                 f"got {tuple(x.shape)} and {tuple(scores.shape)}"
             )
-        count = kept_count(self.rate, n) if count is None else count
+        count = kept_count(self.rate, n) if count is None else check_integer("count", count, None)
         if count == n:
             return x, tokens
         split = split_by_score(scores, count, self.order)
@@ -236,6 +285,11 @@ class FusingReducer(TokenReducer):
         return y, tokens.then(*moves(split, count), count + 1)
 
 
+def _check_map(tokens: object) -> None:
+    if not isinstance(tokens, TokenMap):
+        raise TypeError(f"tokens must be a TokenMap; got {shown(tokens)}")
+
+
 class TreeReducer(TokenReducer):
     """The dropped tokens are represented by their parents: by the nearest kept token on the way up the tree.
 
@@ -251,11 +305,16 @@ class TreeReducer(TokenReducer):
     def forward(  # type: ignore[override]  # a tree takes one argument more
         self, x: Tensor, scores: Tensor, tokens: TokenMap, parents: Tensor, *, count: int | None = None
     ) -> tuple[Tensor, TokenMap]:
+        _check_map(tokens)
+        check_tensor("x", x, device=tokens.place.device, what="(batch, prefix + n, dim)")
+        check_tensor("scores", scores, device=x.device, what="(batch, n)")
+        check_tensor("parents", parents, (torch.int64, *FLOATS), device=x.device, what="(batch, n)")
         if parents.shape != scores.shape or parents.is_floating_point():
             raise ValueError(
                 f"parents must be indices of the shape of scores, {tuple(scores.shape)}; "
                 f"got {parents.dtype} {tuple(parents.shape)}"
             )
+        check_range("parents", parents, 0, self.expected(tokens), "tokens")
         n = self.expected(tokens)
         x, (moved, survives, present) = super().forward(x, scores, TokenMap.full(len(x), n, x.device), count=count)
         if present == n:
@@ -283,6 +342,12 @@ class MaskingReducer(TokenReducer):
         super().__init__(rate, prefix=prefix, order="position")
 
     def forward(self, x: Tensor, scores: Tensor, tokens: TokenMap, *, count: int | None = None) -> tuple[Tensor, TokenMap]:
+        _check_map(tokens)
+        check_tensor("scores", scores, device=tokens.place.device, what="(batch, n)")
+        if scores.shape != tokens.alive.shape:
+            raise ValueError(
+                f"expected a score for each of (batch, n) = {tuple(tokens.alive.shape)}; got {tuple(scores.shape)}"
+            )
         count = min(kept_count(self.rate, self.expected(tokens)), tokens.present) if count is None else count
         return super().forward(x, scores.masked_fill(~tokens.alive, -torch.inf), tokens, count=count)
 
@@ -323,9 +388,10 @@ class ResizingReducer(nn.Module):
 
     @size.setter
     def size(self, value: Ints) -> None:
-        self._size = value if isinstance(value, int) else tuple(value)
-        if min(self._size if isinstance(self._size, tuple) else (self._size,)) < 1:
+        size = check_sizes("size", value, low=-LARGEST)
+        if min(size if isinstance(size, tuple) else (size,)) < 1:
             raise ValueError(f"size must be at least 1 on every axis; got {value}")
+        self._size = size
 
     def forward(self, x: Tensor, tokens: TokenMap) -> tuple[Tensor, TokenMap]:
         """Reduce.
@@ -337,8 +403,10 @@ class ResizingReducer(nn.Module):
         Returns:
             ``(batch, *size, dim)`` and the map after this reduction, whose indices are row-major.
         """
+        _check_map(tokens)
+        check_tensor("x", x, device=tokens.place.device, what="(batch, *grid, dim)")
         grid = tuple(x.shape[1:-1])
-        if math.prod(grid) != tokens.present:
+        if x.ndim < 3 or not x.shape[-1] or x.shape[0] != tokens.place.shape[0] or math.prod(grid) != tokens.present:
             raise ValueError(f"expected (batch, *grid, dim) with {tokens.present} tokens; got {tuple(x.shape)}")
         sizes = sizes_of(grid, self.size)
         if sizes == grid:
@@ -361,5 +429,10 @@ def cosine_rate(epoch: float, rate: float, start: float = 10, span: float = 100)
 
     Source: Liang et al., EViT, arXiv:2202.07800.
     """
+    check_number("epoch", epoch)
+    check_number("start", start)
+    check_number("rate", rate, 0.0, 1.0)
+    if not check_number("span", span) > 0.0:
+        raise ValueError(f"span must be more than 0; got {span}")
     progress = min(max(epoch - start, 0.0) / span, 1.0)
     return rate + (1.0 - rate) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import LARGEST, check_flag, check_integer, check_number, check_text, shown
 from ..hosts.running import Trail
 from ..layers.mixers import AttentionMixer
 from ..layers.mixers.criss_cross import CrissCrossAttention
@@ -28,7 +30,7 @@ from ..layers.reduce import TokenMap
 from ..ops.calls.footprint import Footprint
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
 from ..ops.patterns import Dense, as_pattern
-from .captured import Arrival, Backward, Map, Maps, check_limit, needed_bytes
+from .captured import Arrival, Backward, Map, Maps, check_bytes, check_limit, needed_bytes, plain
 from .foreign import Found, watched
 from .kept import Kept, KeptAttention, KeptPart, KeptWeighing, detached
 from .places import Cells, Reduced, Where
@@ -72,7 +74,11 @@ def capture(
     Raises:
         ValueError: rows outside a grid; more bytes than the limit.
     """
-    chosen = _Choice(rows, _globs(layers), _globs(kinds), lazy or gradients, gradients, limit)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {shown(model)}")
+    lazy, gradients = check_flag("lazy", lazy), check_flag("gradients", gradients)
+    globs = _globs("layers", layers), _globs("kinds", kinds)
+    chosen = _Choice(_checked_rows(rows), *globs, lazy or gradients, gradients, check_bytes(limit))
     recorder = _Recorder(model, chosen)
     with ExitStack() as stack:
         stack.enter_context(recorder)
@@ -368,8 +374,29 @@ def _listen(output: Tensor, arrival: Arrival, to_tokens: Callable[[Tensor], Tens
         output.register_hook(lambda gradient: arrival.arrive(to_tokens(gradient.detach())))
 
 
-def _globs(globs: str | Sequence[str]) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
+def _globs(name: str, globs: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(globs, str):
+        return (globs,)
+    if not isinstance(globs, (list, tuple, set, frozenset)):
+        raise TypeError(f"{name} must be a shell-style pattern, or several; got {shown(globs)}")
+    return tuple(check_text(f"each of {name}", each) for each in globs)
+
+
+def _checked_rows(rows: Any) -> Rows | None:
+    """The rows as plain numbers; whether there are such queries is known when a grid is."""
+    if rows is None:
+        return None
+    rows = plain("rows", rows)
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
+        raise TypeError(f"rows must be a list of indices, of coordinates or of fractions; got {shown(rows)}")
+    return [_checked_row(row) for row in rows]
+
+
+def _checked_row(row: Any) -> Any:
+    row = plain("each of rows", row)
+    if isinstance(row, (str, bytes)) or not isinstance(row, Sequence):
+        return check_integer("each of rows", row, None)
+    return tuple((check_number if isinstance(x, float) else check_integer)("each of rows", x, -LARGEST) for x in row)
 
 
 def _flat_rows(rows: Rows | None, grid: tuple[int, ...], name: str) -> tuple[int, ...]:

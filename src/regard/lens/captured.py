@@ -6,10 +6,13 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS, INTEGERS, check_integer, check_tensor, shown
 from ..ops.patterns import Pattern
 from .kept import Kept
 from .places import Cells, Reduced, Where
@@ -193,6 +196,9 @@ class Map:
         return f"Map({self.name!r}, {kind}call={self.call}, grid={self.grid}, rows={len(self.rows)}, {shapes})"
 
 
+NOTHING = "no attention was captured: the model did not run inside, `layers` names none of it, or `rows` fit no grid of it"
+
+
 class Maps(Sequence[Map]):
     """What :func:`capture` recorded, in order: ``maps[0]``, ``maps["stages.0.mixer"]``, ``maps["stages.0.mixer", 1]``."""
 
@@ -213,7 +219,11 @@ class Maps(Sequence[Map]):
 
         Where a module also uses another operator, its attention is meant.
         """
-        if isinstance(key, (int, slice)):
+        if isinstance(key, slice):
+            return self._maps[key]
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"no attention {key} was captured; there are {len(self)}" if self._maps else NOTHING)
             return self._maps[key]
         name, call = key if isinstance(key, tuple) else (key, 0)
         fitting = [found for found in self._maps if (found.name, found.call) == (name, call)]
@@ -225,6 +235,26 @@ class Maps(Sequence[Map]):
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self._maps)) or "Maps()"
+
+
+def check_map(found: object) -> None:
+    """Raise ``TypeError`` for anything but one attention of a capture."""
+    if not isinstance(found, Map):
+        raise TypeError(f"found must be one attention of a capture, such as maps[0]; got {shown(found)}")
+
+
+def plain(name: str, value: Any) -> Any:
+    """Numbers that stand in a tensor or an array, as lists; anything else as it is."""
+    if isinstance(value, Tensor):
+        value = check_tensor(name, value, (*INTEGERS, *FLOATS))
+        if value.is_meta:
+            raise ValueError(f"{name} must hold numbers; got {shown(value)}")
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+
+
+def check_bytes(limit: object) -> int:
+    """Check a limit of bytes."""
+    return check_integer("limit", limit, 0, 2**63 - 1)
 
 
 def needed_bytes(kept: Kept, rows: int, k_grids: Sequence[Sequence[int]]) -> int:

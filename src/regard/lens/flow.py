@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .captured import Map
+from ..checks import check_integer, shown
+from .captured import Map, plain
 from .layered import Shares, Step, beginning, shares_on, steps_of
 from .rollout import _kind_of, roll
 
@@ -48,7 +50,7 @@ def flow(
     """
     steps = steps_of(maps)
     (first, *_) = (*steps[-1].inner, *steps[-1].outer)
-    if not 0 <= item < first.batch:
+    if not 0 <= check_integer("item", item, None) < first.batch:
         raise ValueError(f"item must be one of the batch of {first.batch}; got {item}")
     shares = beginning(steps, start, first.batch, *_kind_of(first))
     layers = [_row(shares)[item]]
@@ -59,12 +61,19 @@ def flow(
             layers.append(_matrix(before, lambda each, step=step: shares_on(each, step))[item])
         layers.append(_matrix(shares, lambda each, step=step: _one(step, each, heads, attention_share))[item])
     cells = math.prod(shares.grid)
-    wanted = range(cells + shares.outside.shape[-1]) if targets is None else targets
+    wanted = range(cells + shares.outside.shape[-1]) if targets is None else _indices(targets)
     if not all(0 <= target < cells + shares.outside.shape[-1] for target in wanted):
         raise ValueError(f"targets must be cells 0 to {cells - 1} of the grid {shares.grid}; got {targets}")
     flows = maximum_flows(layers, wanted).to(layers[0])
     grid_part, outside = flows[:cells].reshape(1, 1, *shares.grid), flows[cells:].reshape(1, 1, -1)
     return Shares(grid_part, outside, shares.image_size, shares.reduction)
+
+
+def _indices(targets: Any) -> list[int]:
+    targets = plain("targets", targets)
+    if isinstance(targets, (str, bytes)) or not isinstance(targets, Sequence):
+        raise TypeError(f"targets must be a list of cells; got {shown(targets)}")
+    return [check_integer("each of targets", target, None) for target in targets]
 
 
 def _one(step: Step, shares: Shares, heads: str, attention_share: float) -> Shares:

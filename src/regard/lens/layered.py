@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captured import CHUNK, Map
+from ..checks import check_integer, check_number, shown
+from .captured import CHUNK, Map, check_map, plain
 from .places import coarser, pixel_footprint
 
 Reduce = Callable[[Tensor, Tensor | None], Tensor]
@@ -95,7 +96,10 @@ def steps_of(maps: Iterable[Map]) -> list[Step]:
             several attentions in one run of a module of which it is not known how they belong together.
     """
     runs: dict[int, list[Map]] = {}
+    if not isinstance(maps, Iterable):
+        raise TypeError(f"maps must be the maps of a capture; got {shown(maps)}")
     for found in maps:
+        check_map(found)
         if found.kind in ("channel", "mixture"):
             continue  # they move nothing between places
         if found.kind != "attention":
@@ -287,18 +291,25 @@ def beginning(steps: Sequence[Step], start: object, batch: int, dtype: torch.dty
     cells, outside = (torch.zeros(batch, 1, *shape, dtype=dtype, device=device) for shape in (grid, (count,)))
     if start is None:
         start = "class" if last.outer else "mean"
+    start = plain("start", start)
+    given = repr(start) if isinstance(start, str) else shown(start)
+    if not isinstance(start, (str, Sequence)):
+        raise ValueError(f"start must be 'class', 'mean' or coordinates on the last grid {grid}; got {given}")
     if start == "mean":
         cells += 1.0 / math.prod(grid)
     elif start == "class":
         if not count:
             raise ValueError(f"there is no token without a place in {last.name!r}: start from 'mean' or from coordinates")
         outside[..., 0] = 1.0
-    elif isinstance(start, Sequence) and len(start) == len(grid):
-        place = [int(x * n) if isinstance(x, float) else int(x) for x, n in zip(start, grid, strict=True)]
+    elif not isinstance(start, (str, bytes)) and len(start) == len(grid):
+        place = [
+            math.floor(check_number("start", x) * n) if isinstance(x, float) else check_integer("start", x, None)
+            for x, n in zip(start, grid, strict=True)
+        ]
         if not all(0 <= x < n for x, n in zip(place, grid, strict=True)):
             raise ValueError(f"start must lie inside the last grid {grid}; got {start}")
         index = torch.tensor(place, device=device)
         cells[:, 0].index_put_((torch.arange(batch, device=device), *index), torch.ones((), dtype=dtype, device=device))
     else:
-        raise ValueError(f"start must be 'class', 'mean' or coordinates on the last grid {grid}; got {start!r}")
+        raise ValueError(f"start must be 'class', 'mean' or coordinates on the last grid {grid}; got {given}")
     return Shares(cells, outside)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captured import CHUNK, Map
+from ..checks import check_grid, shown
+from .captured import CHUNK, Map, check_map
 from .places import pixel_footprint
 
 HEADS = ("mean", "max", "min")
@@ -49,8 +50,12 @@ def image_map(found: Map, heads: str | None = "mean", *, image_size: Sequence[in
     Raises:
         ValueError: an unknown reduction; no image size; keys none of which has a place on an image.
     """
-    if heads is not None and heads not in HEADS:
-        raise ValueError(f"heads must be one of {HEADS} or None; got {heads!r}")
+    check_map(found)
+    if heads is not None and (not isinstance(heads, str) or heads not in HEADS):
+        given = repr(heads) if isinstance(heads, str) else shown(heads)
+        raise ValueError(f"heads must be one of {HEADS} or None; got {given}")
+    if image_size is not None and len(check_grid("image_size", image_size)) != 2:
+        raise ValueError(f"image_size must be rows and columns; got {shown(image_size)}")
     totals, shares = [], []
     for _, weights, _ in found.stream(_rows_at_once(found, heads, image_size)):
         sources = zip(weights, found.places, strict=True)

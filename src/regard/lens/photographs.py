@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.embedded import PHOTOGRAPHS, photograph
 from ..data.images import decode_image
+from ..names import nearest
 from .pictures import Place
 
 
@@ -31,6 +32,10 @@ def cut_square(image: str, query: str | None = None) -> tuple[Tensor, Place | No
         raise ValueError(f"query must be y,x: two pixels such as 120,80 or two fractions such as 0.5,0.25; got {query!r}")
     if image in PHOTOGRAPHS and not Path(image).exists():
         photo = photograph(image)
+    elif not Path(image).exists() and Path(image).name == image:
+        near = nearest(image, PHOTOGRAPHS)
+        told = f"did you mean {', '.join(near)}?" if near else f"photographs that come along are {', '.join(PHOTOGRAPHS)}"
+        raise FileNotFoundError(f"no image file {image}; {told}")
     else:
         photo = decode_image(Path(image), image)
     height, width = photo.shape[1:]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import INTEGERS, check_integer, check_tensor, shown
 from .capture import capture
 from .captured import Map, Maps
 from .layered import Shares, beginning, steps_of, walk
@@ -60,6 +61,9 @@ def backward(
     Args:
         model, images, target, layers, limit: see :func:`relevance`.
     """
+    check_tensor("images", images, what="(batch, channels, height, width)")
+    if 0 in images.shape:
+        raise ValueError(f"expected images (batch, channels, height, width); got {tuple(images.shape)}")
     with torch.enable_grad(), capture(model, layers=layers, kinds="attention", gradients=True, limit=limit) as maps:
         images = images.detach().requires_grad_()
         answer = chosen_answer(model(images), target)
@@ -76,7 +80,15 @@ def chosen_answer(output: Any, target: Target) -> Tensor:
         raise ValueError(f"expected logits (batch, classes), or a target that makes a number of the output; got {type(output)}")
     if target is None:
         return logits.amax(-1)
-    index = torch.as_tensor(target, device=logits.device).expand(len(logits))
+    if isinstance(target, Tensor):
+        index = check_tensor("target", target, INTEGERS).to(logits.device, torch.int64)
+    elif isinstance(target, Sequence) and not isinstance(target, (str, bytes)):
+        index = torch.tensor([check_integer("each of target", each, None) for each in target], device=logits.device)
+    else:
+        index = torch.tensor(check_integer("target", target, None), device=logits.device)
+    if tuple(index.shape) not in ((), (1,), (len(logits),)):
+        raise ValueError(f"target must be one class, or one for each of {len(logits)} images; got {shown(target)}")
+    index = index.expand(len(logits))
     if int(index.min()) < 0 or int(index.max()) >= logits.shape[1]:
         raise ValueError(f"target must be classes 0 to {logits.shape[1] - 1}; got {target}")
     return logits.gather(1, index[:, None]).squeeze(1)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..checks import check_number, shown
 from .captured import Map
 from .layered import Shares, Step, beginning, steps_of, walk
 from .maps import HEADS, reduce_heads
@@ -47,9 +48,9 @@ def rollout(maps: Iterable[Map], start: object = None, *, heads: str = "mean", a
 
 def roll(steps: list[Step], shares: Shares, *, heads: str, attention_share: float) -> Shares:
     """See :func:`rollout`: from shares on the grid of the last step."""
-    if heads not in HEADS:
-        raise ValueError(f"heads must be one of {HEADS}; got {heads!r}")
-    if not 0.0 < attention_share <= 1.0:
+    if not isinstance(heads, str) or heads not in HEADS:
+        raise ValueError(f"heads must be one of {HEADS}; got {repr(heads) if isinstance(heads, str) else shown(heads)}")
+    if not 0.0 < check_number("attention_share", attention_share) <= 1.0:
         raise ValueError(f"attention_share must be in (0, 1]; got {attention_share}")
 
     def reduced(weights: Tensor, _: Tensor | None) -> Tensor:

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from .captured import Map
+from ..checks import shown
+from .captured import Map, check_bytes, check_map
 from .places import Cells, cell_centres
 
 SIMILARITIES = ("js", "cka")
@@ -27,6 +28,7 @@ def entropy(found: Map) -> Tensor:
 
     A sink, with zero keys outside the grid, counts as one more key. A row that sees nothing has entropy 0.
     """
+    check_map(found)
     parts = []
     for _, weights, _ in found.stream():
         rows = _joined(weights)
@@ -45,6 +47,7 @@ def distance(found: Map) -> Tensor:
     Raises:
         ValueError: queries or keys without a place.
     """
+    check_map(found)
     if not isinstance(found.row_places, Cells) or all(where is None for where in found.places):
         raise ValueError(f"distances need queries and keys with places of their own; {found!r} has queries {found.row_places}")
     extent = [float(n) for n in found.row_places.grid]  # without queries that pad the grid
@@ -76,8 +79,10 @@ def head_similarity(found: Map, kind: str = "js", *, limit: int = 2 << 30) -> Te
     Raises:
         ValueError: an unknown kind; products beyond the limit.
     """
-    if kind not in SIMILARITIES:
-        raise ValueError(f"kind must be one of {SIMILARITIES}; got {kind!r}")
+    check_map(found)
+    if not isinstance(kind, str) or kind not in SIMILARITIES:
+        raise ValueError(f"kind must be one of {SIMILARITIES}; got {repr(kind) if isinstance(kind, str) else shown(kind)}")
+    check_bytes(limit)
     return _shannon(found) if kind == "js" else _aligned(found, limit)
 
 
@@ -91,6 +96,8 @@ def effective_rank(found: Map, *, limit: int = 2 << 30) -> Tensor:
     Raises:
         ValueError: Gram matrices beyond the limit.
     """
+    check_map(found)
+    check_bytes(limit)
     keys = sum(map(math.prod, found.k_grids))
     if keys >= len(found.rows):  # the smaller side of the map
         _check(found, len(found.rows) * keys, "maps", limit)

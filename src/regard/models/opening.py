@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..names import nearest
 from .registry import create_model, list_models, model_card
 
 NORMALISATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
@@ -67,6 +68,8 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
     if Path(text).is_dir():
         return _of_transformers(Path(text))
     name, found, path = text.partition("=")
+    if not found and nearest(text, [TINY_DINO]) and not Path(text).exists() and not nearest(text, list_models()):
+        raise ValueError(f"unknown model {text!r}; did you mean {TINY_DINO}?")
     if not found and Path(text).is_file():
         fitting = [each for each in list_models() if Path(text).name.startswith(each)]
         if not fitting:

@@ -111,7 +111,8 @@ def create_model(
     """
     card = model_card(name)
     taken = [p for p in options_of(create_model) if p not in ("name", "pretrained")]
-    check_options("model", name, table, [p for p in options_of(card.table) if p not in taken], "its table takes")
+    own = [p for p in options_of(card.table) if p not in taken]
+    check_options("model", name, table, own, "its table takes", also=taken)
     if num_classes is not None:
         check_integer("num_classes", num_classes)
     check_integer("in_chans", in_chans, 1)

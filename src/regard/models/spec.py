@@ -12,6 +12,7 @@ from torch import nn
 from ..checks import shown
 from ..layers.mlps import MLP
 from ..layers.stems import Norm, PatchEmbed, PatchMerging
+from ..ops.patterns import Pattern
 from .checkpoints import Layout
 
 if TYPE_CHECKING:
@@ -147,4 +148,10 @@ def _block_spec(choice: object) -> BlockSpec:
         if taken:
             raise ValueError(f"dim and heads are the model's; mixer {choice[0]!r} was given {', '.join(sorted(taken))}")
         return BlockSpec(choice[0], dict(choice[1]))
-    raise ValueError(f"mixer must be a name, (name, options) or a list of these; got {shown(choice)}")
+    if isinstance(choice, type) and issubclass(choice, nn.Module):
+        hint = ": register_mixer of regard.layers.mixers gives a class a name"
+    elif isinstance(choice, Pattern):
+        hint = ": subclass PatternMixer of regard.layers.mixers and give it a name by register_mixer"
+    else:
+        hint = ""
+    raise ValueError(f"mixer must be a name, (name, options) or a list of these; got {shown(choice)}{hint}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import EpochSampler, ResumableLoader, VisionData
+from ..files import alone_in
 from .module import Classifier
 from .resume import RunFiles, resumable
 
@@ -114,7 +116,8 @@ def fit(
 ) -> Classifier:
     """Train a model, going on from ``folder/last.ckpt`` if that is there, or from the one before where it is damaged.
 
-    After a kill the same weights come out, bit for bit, as without it.
+    After a kill the same weights come out, bit for bit, as without it. Checkpoints of other data or another recipe are set
+    aside. One process at a time trains in a folder.
 
     Args:
         model: images in, logits out; built under ``recipe.seed`` by the caller.
@@ -131,7 +134,30 @@ def fit(
 
     Returns:
         The trained module with its ``history``.
+
+    Raises:
+        ValueError: another process trains in that folder.
     """
+    with alone_in(folder):
+        return _fit(
+            model, data, recipe, folder, name, progress, checkpoint_every, workers, accelerator, callbacks, tell
+        )  # fmt: skip
+
+
+def _fit(
+    model: nn.Module,
+    data: VisionData,
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    progress: bool,
+    checkpoint_every: int,
+    workers: int,
+    accelerator: str,
+    callbacks: Sequence[L.Callback],
+    tell: Callable[[str], None],
+) -> Classifier:
+    settings = hashlib.sha256(repr((data.fingerprint(), asdict(recipe))).encode()).hexdigest()[:16]
     train, val = loaders(data, recipe, workers)
     module = Classifier(
         model,
@@ -163,9 +189,9 @@ def fit(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             default_root_dir=folder,
-            plugins=[RunFiles()],
+            plugins=[RunFiles(settings)],
         )
-        last = resumable(folder, module, tell)
+        last = resumable(folder, module, tell, settings)
         try:
             trainer.fit(module, train, val, ckpt_path=None if last is None else str(last))
         except SystemExit as stop:  # what Lightning makes of a keyboard interrupt

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import clear_partials, one_line, set_aside, whole_file
+from ..models.checkpoints.files import write_tensors
 
 LAST, BEFORE = "last.ckpt", "before.ckpt"
 _PARTS = frozenset(
@@ -28,13 +29,20 @@ _PARTS = frozenset(
 
 
 class RunFiles(CheckpointIO):
-    """How Lightning writes and reads the checkpoints of a run; a new one leaves that before it beside it."""
+    """How Lightning writes and reads the checkpoints of a run; a new one leaves that before it beside it.
+
+    Args:
+        settings: what the run depends on, in short; it is written into each.
+    """
+
+    def __init__(self, settings: str = "") -> None:
+        self.settings = settings
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         with whole_file(path) as partial:
-            write_checkpoint(checkpoint, partial)
-            if path.is_file():
+            write_checkpoint({**checkpoint, "settings": self.settings} if self.settings else checkpoint, partial)
+            with suppress(FileNotFoundError):
                 path.replace(path.with_name(BEFORE))
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -44,22 +52,23 @@ class RunFiles(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None]) -> Path | None:
+def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None], settings: str = "") -> Path | None:
     """The checkpoint that a run goes on from: the last one that is whole and fits; None where there is none.
 
-    Damaged ones are set aside and told of, and what killed writers left is removed.
+    Others are set aside and told of, and what killed writers left is removed.
 
     Args:
         folder: of the run.
         module: that is trained.
         tell: is given a sentence for each that is set aside.
+        settings: that :class:`RunFiles` writes; a checkpoint with others is of another run.
     """
     clear_partials(folder / LAST)
     for path in (folder / LAST, folder / BEFORE):
         if not path.exists() and not path.is_symlink():
             continue
         try:
-            _check_fit(read_checkpoint(path), module, path)
+            _check_fit(read_checkpoint(path), module, path, settings)
         except ValueError as error:
             aside = set_aside(path)
             rest = "goes on from the checkpoint before" if (folder / BEFORE).exists() else "begins again"
@@ -69,7 +78,7 @@ def resumable(folder: Path, module: nn.Module, tell: Callable[[str], None]) -> P
     return None
 
 
-def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path) -> None:
+def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path, settings: str) -> None:
     missing = sorted(_PARTS - checkpoint.keys())
     if missing:
         raise ValueError(f"{path} is no checkpoint of a run: it has no {', '.join(missing)}")
@@ -77,6 +86,8 @@ def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path) -> 
     found = checkpoint["state_dict"]
     if not isinstance(found, dict) or {k: tuple(getattr(v, "shape", ())) for k, v in found.items()} != shapes:
         raise ValueError(f"{path} is of another model")
+    if checkpoint.get("settings", settings) != settings:
+        raise ValueError(f"{path} is of a run with other data or another recipe")
     steps, history = getattr(module, "steps", None), checkpoint["history"]
     if steps is not None and checkpoint["global_step"] >= steps and history["count"]:  # Lightning would not validate any more
         raise ValueError(f"{path} was written between the last step and its validation")
@@ -87,10 +98,11 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         TypeError: it holds something else; says where.
+        OSError: the file cannot be written, such as on a full disk.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(checkpoint, tensors, "checkpoint"))
-    save_file(tensors, path, metadata={"run": text, "digest": _digest(text, tensors)})
+    write_tensors(tensors, path, {"run": text, "digest": _digest(text, tensors)})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().cpu()
         return ["tensor", name]
     if isinstance(value, np.ndarray):
         return ["array", value.dtype.str, list(value.shape), value.flatten().tolist()]

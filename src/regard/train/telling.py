@@ -42,7 +42,7 @@ class Telling(L.Callback):
     def stopped(self) -> str:
         """What is kept of a training that was stopped."""
         if not self.steps:
-            return f"{self.label}: stopped before its first checkpoint, begins anew"
+            return f"{self.label}: stopped before its first checkpoint; it will begin anew"
         return f"{self.label}: kept {self.place}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from ...checks import LARGEST, check_number, check_tensor, shown
 from ...ops.patterns import Neighborhood
 
 Sizes = int | Sequence[int]
@@ -24,8 +25,9 @@ def sizes(name: str, value: Sizes | None, rank: int, low: int) -> tuple[int, ...
     """
     value = 1 if value is None else value
     entries = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if len(entries) != rank or not all(isinstance(n, int) and not isinstance(n, bool) and n >= low for n in entries):
-        raise ValueError(f"{name} must be an integer of at least {low}, or {rank} of them, one per axis; got {value!r}")
+    if len(entries) != rank or not all(isinstance(n, int) and not isinstance(n, bool) and low <= n <= LARGEST for n in entries):
+        allowed = f"an integer of at least {low}, or {rank} of them, one per axis, none above {LARGEST}"
+        raise ValueError(f"{name} must be {allowed}; got {_given(value)}")
     return entries
 
 
@@ -38,8 +40,53 @@ def flags(value: Flags | None, rank: int) -> tuple[bool, ...]:
     value = False if value is None else value
     entries = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(entries) != rank or not all(isinstance(flag, bool) for flag in entries):
-        raise ValueError(f"is_causal must be a boolean, or {rank} of them, one per axis; got {value!r}")
+        raise ValueError(f"is_causal must be a boolean, or {rank} of them, one per axis; got {_given(value)}")
     return entries
+
+
+def _given(value: object) -> str:
+    return shown(value).removeprefix(f"{type(value).__name__} ")
+
+
+def check_scale(name: str, value: Any) -> float | None:
+    """A factor on the logits; None and 0 stand for ``head_dim ** -0.5``, which None is returned for.
+
+    Raises:
+        TypeError, ValueError: no finite number.
+    """
+    return None if value is None else check_number(name, value) or None
+
+
+def check_dropouts(**rates: Any) -> None:
+    """Check rates of dropout: numbers from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    for name, rate in rates.items():
+        check_number(name, rate, 0.0, 1.0)
+
+
+def check_each(**tensors: Any) -> None:
+    """Check that each is a dense floating tensor.
+
+    Raises:
+        TypeError: anything else.
+    """
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+
+
+def check_tokens(x: Any, rank: int, dim: int) -> None:
+    """Check the tokens that a module takes.
+
+    Raises:
+        TypeError: no dense floating tensor.
+        ValueError: another width or number of axes.
+    """
+    check_tensor("x", x, what=f"(batch, *grid, {dim}) with {rank} grid axes")
+    if x.ndim != rank + 2 or x.shape[-1] != dim:
+        raise ValueError(f"expected (batch, *grid, {dim}) with {rank} grid axes; got {tuple(x.shape)}")
 
 
 def check_all_args(

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checks import INTEGERS, check_flag, check_tensor, shown
 from ...ops import Source, attend, merge
 from ...ops.patterns import Causal, Dense
-from .arguments import Flags, Sizes, named, neighborhood
+from .arguments import Flags, Sizes, check_each, check_scale, named, neighborhood
 from .unfused import (
     na1d_av,
     na1d_qk,
@@ -115,6 +116,10 @@ def attention(
     Raises:
         ValueError: shapes that do not go together, or lengths that do not add up to the tokens.
     """
+    check_each(query=query, key=key, value=value)
+    check_flag("is_causal", is_causal)
+    check_flag("return_lse", return_lse)
+    scale = check_scale("scale", scale)
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(f"attention takes (batch, tokens, heads, dim); got {_shapes(query, key, value)}")
     if seqlens_Q is not None or seqlens_KV is not None:
@@ -142,16 +147,19 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale:
         empty = query.new_full(query.shape[:3], -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
         return query.new_zeros(*query.shape[:3], value.shape[-1]), empty
     if not is_causal:
-        return attend(query, key, value, Dense(), scale=scale or None, return_lse=True)  # type: ignore[return-value]  # with lse
+        return attend(query, key, value, Dense(), scale=scale, return_lse=True)  # type: ignore[return-value]  # with lse
     tokens = key.shape[1]
-    first = attend(query[:, :tokens], key, value, Causal(), scale=scale or None, return_lse=True)
+    first = attend(query[:, :tokens], key, value, Causal(), scale=scale, return_lse=True)
     if query.shape[1] <= tokens:
         return first  # type: ignore[return-value]  # with lse
-    rest = attend(query[:, tokens:], key, value, Dense(), scale=scale or None, return_lse=True)  # they see every key
+    rest = attend(query[:, tokens:], key, value, Dense(), scale=scale, return_lse=True)  # they see every key
     return tuple(torch.cat(each, 1) for each in zip(first, rest, strict=True))  # type: ignore[return-value]  # two of them
 
 
 def _ends(name: str, cumulative: Tensor, packed: Tensor) -> list[int]:
+    check_tensor(f"cumulative_seqlen_{name}", cumulative, INTEGERS)
+    if cumulative.ndim != 1 or not len(cumulative) or cumulative.is_meta:
+        raise ValueError(f"cumulative_seqlen_{name} must list a 0 and the ends of the sequences; got {shown(cumulative)}")
     ends = cumulative.tolist()
     if packed.shape[0] != 1 or ends[0] != 0 or ends[-1] != packed.shape[1] or any(b < a for a, b in pairwise(ends)):
         raise ValueError(
@@ -177,6 +185,11 @@ def merge_attentions(
     Raises:
         ValueError: fewer than two, or shapes that do not go together.
     """
+    for name, parts in (("outputs", outputs), ("lse_tensors", lse_tensors)):
+        if isinstance(parts, (str, bytes, Tensor)) or not isinstance(parts, Sequence):
+            raise TypeError(f"{name} must be a list of tensors; got {shown(parts)}")
+        for part in parts:
+            check_tensor(f"each of {name}", part)
     if len(outputs) < 2 or len(outputs) != len(lse_tensors):
         raise ValueError(f"expected at least two outputs with their lse; got {len(outputs)} and {len(lse_tensors)}")
     shape = outputs[0].shape
@@ -232,6 +245,9 @@ def neighborhood_attention_generic(
     Raises:
         ValueError: shapes that do not go together, or arguments out of range.
     """
+    check_each(query=query, key=key, value=value)
+    check_flag("return_lse", return_lse)
+    scale = check_scale("scale", scale)
     if query.ndim not in (4, 5, 6) or query.shape[1:-2] != key.shape[1:-2] or query.shape[1:-2] != value.shape[1:-2]:
         raise ValueError(
             "query, key and value must be (batch, *grid, heads, dim) on one grid of 1 to 3 axes; "
@@ -239,13 +255,16 @@ def neighborhood_attention_generic(
         )
     pattern = neighborhood(query.shape[1:-2], kernel_size, dilation, is_causal, stride)
     sources = [Source(key, value, pattern), *additional(additional_keys, additional_values)]
-    return attend(query, sources, scale=scale or None, return_lse=return_lse)
+    return attend(query, sources, scale=scale, return_lse=return_lse)
 
 
 def additional(keys: Tensor | None, values: Tensor | None) -> list[Source]:
     """The source of additional tokens ``(batch, tokens, heads, dim)``, where there are any."""
     if keys is None and values is None:
         return []
+    for name, tokens in (("additional_keys", keys), ("additional_values", values)):
+        if tokens is not None:
+            check_tensor(name, tokens, what="(batch, tokens, heads, dim)")
     if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
         given = ["None" if t is None else str(tuple(t.shape)) for t in (keys, values)]
         raise ValueError(f"additional keys and values belong together, (batch, tokens, heads, dim); got {' and '.join(given)}")
@@ -259,6 +278,7 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
 def _fused(rank: int) -> Callable[..., Output]:
     def fused(query: Tensor, *others: Any, **options: Any) -> Output:
         """:func:`neighborhood_attention_generic` on a grid of this many axes."""
+        check_each(query=query)
         if query.ndim != rank + 3:
             raise ValueError(f"na{rank}d takes tensors with {rank + 3} axes, (batch, *grid, heads, dim); got {query.ndim}")
         return neighborhood_attention_generic(query, *others, **options)

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_tensor, checked
+from ...layers.linear import linear
 from ...ops import Source, attend
 from ...ops.calls.source import HeadTable
 from . import arguments, context, unfused
-from .arguments import Flags, Sizes, named, neighborhood
+from .arguments import Flags, Sizes, check_dropouts, check_each, check_scale, check_tokens, named, neighborhood
 from .functional import additional
 
 
@@ -56,6 +58,10 @@ def _fused(rank: int) -> Callable[..., Tensor]:
         Raises:
             ValueError: shapes that do not go together, or arguments out of range.
         """
+        check_each(query=query, key=key, value=value)
+        scale = check_scale("scale", scale)
+        if rpb is not None:
+            check_tensor("rpb", rpb, device=query.device, what="(heads, *(2 * kernel_size - 1))")
         if query.ndim != rank + 3 or query.shape[:-1] != key.shape[:-1]:
             raise ValueError(
                 f"query and key must be (batch, *grid, heads, dim) with {rank + 3} axes; "
@@ -64,7 +70,7 @@ def _fused(rank: int) -> Callable[..., Tensor]:
         pattern = neighborhood(query.shape[1:-2], kernel_size, dilation, is_causal)
         bias = None if rpb is None else HeadTable(rpb, pattern)
         sources = [Source(key, value, pattern, bias=bias), *additional(additional_keys, additional_values)]
-        out = attend(query, sources, scale=scale or None)
+        out = attend(query, sources, scale=scale)
         assert isinstance(out, Tensor)  # no lse was asked for
         return out
 
@@ -80,6 +86,7 @@ class _Biased(nn.Module):
 
     na_dim: ClassVar[int]
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -94,10 +101,11 @@ class _Biased(nn.Module):
         proj_drop: float,
     ) -> None:
         super().__init__()
+        check_dropouts(attn_drop=attn_drop, proj_drop=proj_drop)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim; got {num_heads} and {dim}")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.scale = check_scale("qk_scale", qk_scale) or self.head_dim**-0.5
         self.kernel_size, self.dilation, self.is_causal = check_all_args(self.na_dim, kernel_size, dilation, is_causal)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.rpb: nn.Parameter | None = None
@@ -110,16 +118,15 @@ class _Biased(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != self.na_dim + 2:
-            raise ValueError(f"expected (batch, *grid, dim) with {self.na_dim} grid axes; got {tuple(x.shape)}")
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        check_tokens(x, self.na_dim, self.dim)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         if self.training and self.attn_drop_rate and not context.is_fused_na_enabled():
             y = self._halves(*(t.movedim(-2, 1) for t in (q, k, v))).movedim(1, -2)
         else:
             y = _FUSED[self.na_dim - 1](
                 q, k, v, self.kernel_size, self.dilation, self.is_causal, rpb=self.rpb, scale=self.scale
             )
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        return self.proj_drop(linear(self.proj, y.flatten(-2)))
 
     def _halves(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """With dropout of the weights in between."""
@@ -154,6 +161,7 @@ class _Version17(_Biased):
         ValueError: ``num_heads`` does not divide ``dim``, or arguments out of range.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -197,6 +205,7 @@ class _Version14(_Biased):
     The others are those of version 0.17.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -212,9 +221,8 @@ class _Version14(_Biased):
         super().__init__(dim, num_heads, kernel_size, dilation, False, bias, qkv_bias, qk_scale, attn_drop, proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tokens(x, self.na_dim, self.dim)
         grid = x.shape[1:-1]
-        if len(grid) != self.na_dim:
-            raise ValueError(f"expected (batch, *grid, dim) with {self.na_dim} grid axes; got {tuple(x.shape)}")
         short = [max(0, k * d - n) for k, d, n in zip(self.kernel_size, self.dilation, grid, strict=True)]
         y = super().forward(F.pad(x, [0, 0, *(n for missing in reversed(short) for n in (0, missing))]))
         return y[(slice(None), *(slice(n) for n in grid))]

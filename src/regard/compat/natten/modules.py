@@ -6,7 +6,9 @@ from functools import partialmethod
 
 from torch import Tensor, nn
 
-from .arguments import Flags, Sizes, check_all_args
+from ...checks import checked
+from ...layers.linear import linear
+from .arguments import Flags, Sizes, check_all_args, check_dropouts, check_scale, check_tokens
 from .functional import neighborhood_attention_generic
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "NeighborhoodAttentionGeneric"]
@@ -28,6 +30,7 @@ class NeighborhoodAttentionGeneric(nn.Module):
         ValueError: ``num_heads`` does not divide ``embed_dim``, or arguments out of range.
     """
 
+    @checked()
     def __init__(
         self,
         na_dim: int,
@@ -42,10 +45,13 @@ class NeighborhoodAttentionGeneric(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_dropouts(proj_drop=proj_drop)
+        if na_dim > 3:
+            raise ValueError(f"na_dim must be 1 to 3; got {na_dim}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim; got {num_heads} and {embed_dim}")
         self.na_dim, self.embed_dim, self.num_heads, self.head_dim = na_dim, embed_dim, num_heads, embed_dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.scale = check_scale("qk_scale", qk_scale) or self.head_dim**-0.5
         arguments = check_all_args(na_dim, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = arguments
         self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias)
@@ -53,12 +59,11 @@ class NeighborhoodAttentionGeneric(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != self.na_dim + 2 or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"expected (batch, *grid, {self.embed_dim}) with {self.na_dim} grid axes; got {tuple(x.shape)}")
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        check_tokens(x, self.na_dim, self.embed_dim)
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         y = neighborhood_attention_generic(q, k, v, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
         assert isinstance(y, Tensor)  # no lse was asked for
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        return self.proj_drop(linear(self.proj, y.flatten(-2)))
 
     def extra_repr(self) -> str:
         return (

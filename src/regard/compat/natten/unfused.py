@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...checks import check_tensor, shown
 from ...ops.local.neighbors import neighbor_bias, neighbor_scores, neighbor_sum
-from .arguments import Flags, Sizes, named, neighborhood
+from .arguments import Flags, Sizes, check_each, named, neighborhood
 
 __all__ = [
     "na1d_av",
@@ -64,13 +65,15 @@ def _qk(rank: int) -> Callable[..., Tensor]:
         Raises:
             ValueError: shapes that do not go together, or arguments out of range.
         """
+        check_each(query=query, key=key)
         if query.ndim != rank + 3 or query.shape != key.shape:
             raise ValueError(
                 f"query and key must be (batch, heads, *grid, dim) with {rank + 3} axes; "
                 f"got {tuple(query.shape)} and {tuple(key.shape)}"
             )
-        if rpb is not None and rpb.shape[0] != query.shape[1]:
-            raise ValueError(f"rpb is for {rpb.shape[0]} heads; query (batch, heads, *grid, dim) is {tuple(query.shape)}")
+        if rpb is not None and check_tensor("rpb", rpb, device=query.device).shape[:1] != query.shape[1:2]:
+            known = rpb.shape[0] if rpb.ndim else "no"
+            raise ValueError(f"rpb is for {known} heads; query (batch, heads, *grid, dim) is {tuple(query.shape)}")
         pattern = neighborhood(query.shape[2:-1], kernel_size, dilation, is_causal)
         scores = neighbor_scores(query.movedim(1, -2), key.movedim(1, -2), pattern)
         if rpb is not None:
@@ -108,6 +111,7 @@ def _av(rank: int) -> Callable[..., Tensor]:
         Raises:
             ValueError: shapes that do not go together, or arguments out of range.
         """
+        check_each(attn=attn, value=value)
         if value.ndim != rank + 3 or attn.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"attn and value must be (batch, heads, *grid, taps) and (batch, heads, *grid, dim) with {rank + 3} axes; "
@@ -119,6 +123,8 @@ def _av(rank: int) -> Callable[..., Tensor]:
         if additional_values is not None:
             _check_additional(additional_values, value)
             tokens = additional_values.shape[2]
+            if attn.shape[-1] < tokens:
+                raise ValueError(f"attn must have weights for {tokens} additional tokens; got {shown(attn)}")
             attn, others = attn.split([attn.shape[-1] - tokens, tokens], -1)
         out = neighbor_sum(attn.movedim(1, -2), value.movedim(1, -2), pattern).movedim(-2, 1)
         if others is None or additional_values is None:
@@ -129,6 +135,7 @@ def _av(rank: int) -> Callable[..., Tensor]:
 
 
 def _check_additional(tokens: Tensor, like: Tensor) -> None:
+    check_tensor("additional tokens", tokens, (like.dtype,), device=like.device)
     if tokens.ndim != 4 or tokens.shape[:2] != like.shape[:2] or tokens.shape[-1] != like.shape[-1]:
         raise ValueError(
             f"additional tokens must be (batch, heads, tokens, dim) as (batch, heads, *grid, dim) = {tuple(like.shape)}; "

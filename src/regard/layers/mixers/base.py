@@ -241,6 +241,7 @@ class PatternMixer(AttentionMixer):
     ) -> None:
         super().__init__(dim, heads, **projections)
         self.pattern = pattern
+        self.rank = rank if relative_bias else None
         self.bias = OffsetBias(heads, pattern, rank, grid=grid, **self.factory) if relative_bias else None
 
     def sources(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Source]:
@@ -261,11 +262,21 @@ def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = N
         there = check_tensor(name, tokens, what=f"(batch, {shape}, {dim})", device=x.device if name != "x" else None)
         empty = name != "extra" and 0 in there.shape[1:]
         if there.ndim < 3 or there.shape[-1] != dim or (count is not None and there.ndim != count + 2) or empty:
-            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(there.shape)}")
+            hint = _layout_hint(there.shape, dim, count) if name == "x" else ""
+            raise ValueError(f"expected {name} (batch, {shape}, {dim}); got {tuple(there.shape)}{hint}")
         if there.shape[0] != x.shape[0]:
             raise ValueError(f"expected {name} of as many images as x, {x.shape[0]}; got {name} {tuple(there.shape)}")
         if there.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"expected {name} in the dtype of x, {x.dtype}; got {there.dtype}")
+
+
+def _layout_hint(shape: Sequence[int], dim: int, rank: int | None) -> str:
+    """What brings tokens of another common layout into ``(batch, *grid, dim)``: channels first, or a flat row of them."""
+    if len(shape) == 3 and shape[-1] == dim and rank is not None and rank > 1:
+        return ": give the tokens their grid, x.unflatten(1, grid)"
+    if len(shape) > 3 and shape[1] == dim != shape[-1]:
+        return ": channels come last, x.movedim(1, -1)"
+    return ""
 
 
 def check_sizes_of(dim: int, heads: int) -> None:

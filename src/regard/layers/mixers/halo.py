@@ -60,6 +60,7 @@ class HaloAttention(AttentionMixer):
         spans = tuple(b + 2 * h for b, h in zip(self.block, self.halo, strict=True))
         embedding = OffsetEmbedding(self.head_dim, self.pattern, spans, rank, **self.factory) if relative_embedding else None
         self.embedding = embedding
+        self.rank = rank if relative_embedding or stride > 1 else None
 
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Sequence[Source]) -> Tensor:
         pattern, start, grid = self.pattern, (0,) * len(self.block), tuple(k.shape[1:-2])

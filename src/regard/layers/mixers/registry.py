@@ -52,6 +52,10 @@ def mixer_class(name: str) -> Callable[..., nn.Module]:
     """The constructor behind a mixer's name."""
     check_text("name", name)
     if name not in _MIXERS:
+        if (bare := name.partition("(")[0].strip()) in _MIXERS:
+            raise ValueError(
+                f"options stand beside a mixer's name, create_mixer({bare!r}, ...) or mixer=({bare!r}, {{...}}); got {name!r}"
+            )
         raise unknown_name("mixer", name, _MIXERS, "regard.list_mixers() or `regard mixers`")
     return _MIXERS[name]
 

@@ -59,6 +59,7 @@ class StripAttention(SplitMixer):
         self.ratio = ratio
         self.pool: nn.Module = nn.Identity()
         if ratio > 1:
+            self.rank = rank if pool == "conv" else None
             conv: dict[str, Any] = {"dim": dim, "groups": dim, "rank": rank} if pool == "conv" else {}
             self.pool = PoolKV(pool, ratio, after=nn.LayerNorm(dim, **self.factory), **conv, **self.factory)
 

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_choice
 from ...layers.blocks import TokenBatchNorm
 from ...layers.conv import convolve_tokens
 from ...layers.linear import is_plain
@@ -55,11 +57,17 @@ class DeformableMerging(nn.Module):
     The offsets start at 0, where this is a plain convolution; the published training gives ``offset`` a hundredth of the
     learning rate.
 
+    Args:
+        dim, out: channels in and out.
+        pad: where an axis is of odd length, ``"mask"`` adds a row of zeros to it, and ``"token"`` makes no square of the last
+            row, which taps may still be moved to (the official segmentation and detection code).
+
     Source: Dai et al., arXiv:1703.06211; Pan et al., LITv2, arXiv:2205.13213.
     """
 
-    def __init__(self, dim: int, out: int, *, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, out: int, *, pad: str = "mask", device=None, dtype=None) -> None:
         super().__init__()
+        self.pad = check_choice("pad", pad, ("mask", "token"))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.offset = nn.Conv2d(dim, 8, 2, stride=2, **factory)
         nn.init.zeros_(self.offset.weight)
@@ -69,7 +77,10 @@ class DeformableMerging(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_even(x)
+        if self.pad == "mask":
+            x = pad_to_even(x)
+        elif 1 in x.shape[1:3]:  # nothing would be left of a single row
+            x = F.pad(x, [0, 0, 0, x.shape[2] == 1, 0, x.shape[1] == 1])
         offset = convolve_tokens(self.offset, x).unflatten(-1, (1, 4, 2))  # (batch, rows, columns, 1, tap, (row, column))
         rows, columns = (2 * torch.arange(n, device=x.device) for n in offset.shape[1:3])
         squares = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)[:, :, None, None]
@@ -105,8 +116,9 @@ def litv2(
         head_dim: channels per head.
         window_sizes: per stage, tokens per axis of HiLo's windows; None for blocks without attention.
         alpha: share of HiLo's heads for low frequencies.
-        pad: on grids that do not divide into windows, see :class:`regard.layers.mixers.HiLoAttention`. None is what the
-            checkpoint that is loaded was trained with, and ``"mask"`` without one.
+        pad: on grids that do not divide into windows, see :class:`regard.layers.mixers.HiLoAttention`, or into the squares
+            that are merged, see :class:`DeformableMerging`. None is what the checkpoint that is loaded was trained with, and
+            ``"mask"`` without one.
         mlp_ratio: hidden channels of the MLPs over ``dim``.
         drop_path: stochastic depth of the last block.
         num_classes: outputs of the classifier.
@@ -123,7 +135,7 @@ def litv2(
     return BackboneSpec(
         tuple(stages),
         stem=partial(PatchEmbed, patch_size=4),
-        downsample=DeformableMerging,
+        downsample=partial(DeformableMerging, pad=pad or "mask"),
         mlp=ConvMLP,
         mlp_ratio=mlp_ratio,
         drop_path=drop_path,

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checks import check_flag, check_text, shown
 from ...files import whole_file
-from .files import open_checkpoint, read_state_dict, some
-from .fitting import HEADS, adapt, find_reading, unfit
+from .files import open_checkpoint, read_state_dict, some, write_tensors
+from .fitting import HEADS, adapt, assign, computable, find_reading, own_tensors, share, unfit
 from .rules import TRANSFORMS, Layout, Part, Rule, Transform, split_rules
 
 __all__ = [
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 
-def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, layout: str = "regard") -> None:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, layout: str | Layout = "regard") -> None:
     """Write a model's tensors as safetensors, with how it pads; the file appears complete or not at all.
 
     Args:
@@ -45,17 +44,23 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, layout: s
         layout: whose names to use, see :func:`export_state_dict`.
 
     Raises:
-        ValueError: another suffix, or a layout the model does not have.
+        ValueError: another suffix, a layout the model does not have, or a tensor without values or of a kind that safetensors
+            does not hold.
+        OSError: the file cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {shown(model)}")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"checkpoints are written as .safetensors; got {str(path)!r}")
-    tensors = {key: value.detach().contiguous().cpu() for key, value in export_state_dict(model, layout).items()}
-    metadata = {"format": "pt", "layout": layout}
+    if path.is_dir():
+        raise ValueError(f"path must be that of a file; {path} is a folder")
+    tensors = export_state_dict(model, layout)
+    metadata = {"format": "pt", "layout": layout.name if isinstance(layout, Layout) else layout}
     if layouts_of(model) and (pad := getattr(model, "pad", None)) is not None:
         metadata["pad"] = pad
     with whole_file(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        write_tensors(tensors, partial, metadata)
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
@@ -112,7 +117,8 @@ def load_checkpoint(
       the one that the layout's code has (``"token"`` for the official Swin, DaViT, NAT and DiNAT, BiFormer and LITv2), or that
       a file of :func:`save_checkpoint` names.
 
-    A model on the meta device takes over the checkpoint's tensors.
+    A model on the meta device takes over the checkpoint's tensors, in their dtype where that is one of half, single or double
+    precision. Of a parameter that a model holds under several names one is enough.
 
     Args:
         model: a model of :func:`regard.create_model`, or any module for its own names.
@@ -137,14 +143,16 @@ def load_checkpoint(
     if not isinstance(layouts, Sequence) or not all(isinstance(each, Layout) for each in layouts):
         raise TypeError(f"layouts must be a list of layouts; got {shown(layouts)}")
     opened = open_checkpoint(source, key)
-    expected = model.state_dict()
+    expected = own_tensors(model)
     unused: frozenset[str] = getattr(model, "unused_keys", frozenset())
-    reading = find_reading(opened.tensors, expected, unused, (*layouts_of(model), *layouts))
+    tensors = {name: computable(value) for name, value in opened.tensors.items()}
+    reading = find_reading(tensors, expected, unused, (*layouts_of(model), *layouts))
     found = reading.found
     reasons = adapt(model, found, expected)
     if new_head:
         heads = [each for each in expected if each.startswith(HEADS)]
         found |= {each: expected[each] for each in heads if each not in found or found[each].shape != expected[each].shape}
+    differing = share(model, found)
     problems = {
         "missing": [each for each in expected if each not in found],
         "unexpected": reading.unexpected,
@@ -155,6 +163,7 @@ def load_checkpoint(
             if each in found and found[each].shape != value.shape
         ],
         "unreadable": reading.misread,
+        "one parameter but not equal": differing,
         "no weights": [
             f"{each} ({why})" for each, value in expected.items() if each in found and (why := unfit(found[each], value))
         ],
@@ -166,8 +175,7 @@ def load_checkpoint(
         )
     if reading.left_out:
         warnings.warn(f"left out of {opened.where}: {some(reading.left_out, 8)}", stacklevel=2)
-    on_meta = any(value.is_meta for value in expected.values())
-    model.load_state_dict({each: found[each] for each in expected}, assign=on_meta)
+    assign(model, {each: found[each] for each in expected})
     _choose_padding(model, opened.pad or reading.pad)
     return reading.layout
 
@@ -175,7 +183,7 @@ def load_checkpoint(
 def _advice(problems: Mapping[str, Sequence[str]]) -> str:
     """What else a checkpoint could be loaded with."""
     missing, misshapen = problems["missing"], problems["of another shape"]
-    if any(problems[kind] for kind in ("unreadable", "no weights")):
+    if any(problems[kind] for kind in ("unreadable", "one parameter but not equal", "no weights")):
         return ""
     if not problems["unexpected"] and all(each.startswith(HEADS) for each in (*missing, *misshapen)):
         return ". To keep the model's own classifier: load_checkpoint(..., new_head=True), or num_classes= of create_model"

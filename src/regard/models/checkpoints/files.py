@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import os
 import pickle
 import re
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ...files import one_line
 
@@ -41,8 +43,36 @@ _UNKNOWN = re.compile(r"Unsupported global: GLOBAL (\S+) was not")
 _FILLED = re.compile(r"Can only (SETITEM|append|extend).* but got <class 'foreign: ([^']+)'>")
 _PLAIN = ("builtins.getattr",)
 """Functions that stand beside the arguments of runs, in enumerations."""
-_ADVICE = (" Please use ", " Please file ", " Check the documentation", "This file can still be loaded", " In PyTorch 2.6")
+_ARCHIVES = re.compile(r"^Cannot use `+weights_only=True`+ with (files saved in the )?")
+_ADVICE = (
+    " passed to ``torch.load",
+    " Please use ",
+    " Please file ",
+    " Check the documentation",
+    "This file can still be loaded",
+    " In PyTorch 2.6",
+)
 """Where torch's advice to its users begins."""
+_KINDS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "it is a pointer of Git LFS, not the file itself: fetch that with git lfs pull"),
+    (b"<", "it is a page of the web, or xml: the download went wrong"),
+    (
+        b"{",
+        "it is json, as the index of a checkpoint in several files: read these, and give all tensors as one dictionary",
+    ),
+    (b"GGUF", "it is of the format GGUF"),
+    (b"\x89HDF", "it is of the format HDF5, as Keras writes: write its tensors by name with torch.save"),
+    (b"\x93NUMPY", "it is an array of numpy: write tensors by name with torch.save"),
+    (b"\x1f\x8b", "it is compressed by gzip: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed by zstd: unpack it first"),
+    (b"BZh", "it is compressed by bzip2: unpack it first"),
+    (b"\xfd7zXZ", "it is compressed by xz: unpack it first"),
+)
+"""How files begin that are often taken for checkpoints, and what is said of them."""
+_ROUNDS = 32
+"""Of entries within entries that are opened: those of a file may hold themselves."""
+_MOST = 1_000_000
+"""Tensors of a checkpoint: entries that hold each other could go on for ever."""
 _FOREIGN = 200
 """Names of other programs that a file may mention."""
 _LETTERS = 120
@@ -101,10 +131,18 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[Any, object], key: 
             "program that wrote it"
         )
     found = _weights(content, where) if key is None else _entry(content, key, where)
-    tensors = {_INFIXES.sub("", name): value for name, value in _flat(found, where)}
+    tensors: dict[str, Tensor] = {}
+    for name, value in itertools.islice(_flat(found, where), _MOST):
+        name = _INFIXES.sub("", name)
+        if name in tensors and not _equal(tensors[name], value):
+            raise ValueError(f"{where} holds two tensors of the name {some([name])}")
+        tensors[name] = value
+    if len(tensors) >= _MOST:
+        raise ValueError(f"{where} holds more than {_MOST:,} tensors")
     if not tensors:
         raise ValueError(
-            f"{where} holds no tensors: save them by name, torch.save(model.state_dict(), PATH); its keys are {_keys(content)}"
+            f"{where} holds no tensors: save them by name, torch.save(model.state_dict(), PATH); "
+            f"{f'its keys are {_keys(content)}' if content else 'it is empty'}"
         )
     return Opened(tensors, where, pad)
 
@@ -119,7 +157,7 @@ def _weights(content: Mapping[Any, object], where: str) -> Mapping[Any, object]:
     Under a known name several entries are the parts of one network.
     """
     sure = False
-    while True:
+    for _ in range(_ROUNDS):
         held = [name for name, value in content.items() if isinstance(value, Mapping) and _holds_tensors(name, value)]
         known = next((name for name in WRAPPERS if name in held), None)
         if known is None and any(isinstance(value, Tensor) for value in content.values()):
@@ -136,6 +174,7 @@ def _weights(content: Mapping[Any, object], where: str) -> Mapping[Any, object]:
         inner = content[held[0] if known is None else known]
         assert isinstance(inner, Mapping)
         content, sure = inner, known is not None
+    raise ValueError(f"{where} holds entries within entries, {_ROUNDS} times and more: name that of the weights, key=...")
 
 
 def _entry(content: Mapping[Any, object], key: str, where: str) -> Mapping[Any, object]:
@@ -157,12 +196,25 @@ def _entry(content: Mapping[Any, object], key: str, where: str) -> Mapping[Any, 
 
 
 def _holds_tensors(name: object, content: Mapping[Any, object], depth: int = 4) -> bool:
-    if isinstance(name, str) and _OTHER.search(name) and name not in WRAPPERS:
-        return False
-    return any(
-        isinstance(value, Tensor) or (depth > 0 and isinstance(value, Mapping) and _holds_tensors(key, value, depth - 1))
-        for key, value in content.items()
-    )
+    level: list[tuple[object, Mapping[Any, object]]] = [(name, content)]
+    seen: set[int] = set()
+    for _ in range(depth + 1):  # level by level, each dictionary once: they may hold each other
+        below: list[tuple[object, Mapping[Any, object]]] = []
+        for key, inner in level:
+            other = isinstance(key, str) and key not in WRAPPERS and _OTHER.search(key)
+            if other or id(inner) in seen:
+                continue
+            seen.add(id(inner))
+            if any(isinstance(value, Tensor) for value in inner.values()):
+                return True
+            below += [(key, value) for key, value in inner.items() if isinstance(value, Mapping)]
+        level = below
+    return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same = one is other or (one.shape == other.shape and one.dtype == other.dtype and one.layout == other.layout)
+    return same and (one is other or (not one.is_meta and not other.is_meta and torch.equal(one, other)))
 
 
 def _keys(content: Mapping[Any, object]) -> str:
@@ -197,7 +249,7 @@ def _read_file(path: Path) -> tuple[object, str | None]:
         if not path.is_file():
             raise ValueError(f"cannot read {path}: a checkpoint is a file, this is {'a folder' if path.is_dir() else 'none'}")
         with open(path, "rb") as file:
-            beginning = file.read(9)
+            beginning = file.read(32)
     except FileNotFoundError:
         raise
     except OSError as error:  # no permission, a name that is too long
@@ -206,14 +258,54 @@ def _read_file(path: Path) -> tuple[object, str | None]:
         raise ValueError(f"cannot read {path}: the file is empty")
     try:
         # by what is in it, not by its name: the length of the header, and the brace that it begins with
-        if path.suffix == ".safetensors" or (beginning[8:] == b"{" and not any(beginning[5:8])):
+        if path.suffix == ".safetensors" or (beginning[8:9] == b"{" and not any(beginning[5:8])):
             with safe_open(path, "pt") as opened:
                 pad = (opened.metadata() or {}).get("pad")
                 names = list(opened.keys())
                 return {name: opened.get_tensor(name) for name in names}, pad if pad in PADS else None
         return _read_torch(path), None
     except Exception as error:  # what is damaged makes the readers raise anything
-        raise ValueError(f"cannot read {path} as safetensors or as a torch file of plain data: {_reason(error)}") from None
+        reason = next((said for start, said in _KINDS if beginning.startswith(start)), None) or _reason(error)
+        raise ValueError(f"cannot read {path} as safetensors or as a torch file of plain data: {reason}") from None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, each of its own memory.
+
+    Raises:
+        ValueError: one that safetensors cannot hold; names it.
+        OSError: the file cannot be written, such as on a full disk.
+    """
+    if unfit := [f"{name} ({why})" for name, value in tensors.items() if (why := _unwritable(value))]:
+        raise ValueError(f"a checkpoint holds dense tensors of real and whole numbers; it cannot hold {some(unfit)}")
+    copies: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, value in tensors.items():
+        copy = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
+        if copy.untyped_storage().data_ptr() in memory:
+            copy = copy.clone()
+        memory.add(copy.untyped_storage().data_ptr())
+        copies[name] = copy
+    try:
+        save_file(copies, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write in {path.parent}: {one_line(error)}") from None
+
+
+def _unwritable(value: object) -> str | None:
+    """Why safetensors cannot hold a value; None where it can."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if nn.parameter.is_lazy(value):
+        return "not initialised: call the model once"
+    if value.is_meta:
+        return "on the meta device, without values"
+    if value.layout != torch.strided or value.is_nested:
+        return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    kind = str(value.dtype).removeprefix("torch.")
+    return (
+        "quantized" if value.is_quantized else kind if kind in ("complex128", "complex32") or kind.startswith("bits") else None
+    )
 
 
 class _Foreign:
@@ -288,16 +380,11 @@ def _reason(error: Exception) -> str:
     text = one_line(error, 100_000)
     for end in ("from a trusted source. ", "WeightsUnpickler error: "):
         text = text.rpartition(end)[2]
-    for advice in (
-        " Please use ",
-        " Please file ",
-        " Check the documentation",
-        "This file can still be loaded",
-        " In PyTorch 2.6",
-    ):
+    for advice in _ADVICE:
         text = text.partition(advice)[0]
     if not text or text.startswith("Weights only load failed"):
         text = type(error).__name__
+    text = _ARCHIVES.sub("it is of another kind: ", text)
     text = f"{text[:200].rstrip('. ')}"
     if isinstance(error, pickle.UnpicklingError) or text.startswith("it would call"):
         text += (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.positions import bias_parameters, resize_offset_table
-from .files import AVERAGED, WRAPPERS
+from .files import AVERAGED, WRAPPERS, some
 from .rules import TRANSFORMS, Layout
 
 HEADS = ("head.", "head_dist.", "aux_head.")
@@ -25,6 +25,10 @@ _PROJECTIONS = re.compile(
 """What self-supervised training adds to a backbone, and what is read from it leaves out."""
 _DEEP = 3
 """Parts of the longest prefix that is looked for."""
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of real numbers that models run in."""
+_PACKED = (torch.float4_e2m1fn_x2,) if hasattr(torch, "float4_e2m1fn_x2") else ()
+"""Dtypes with several numbers in one element."""
 _MANY = 12
 """Prefixes that are tried."""
 
@@ -188,9 +192,86 @@ def adapt(model: nn.Module, found: dict[str, Tensor], expected: Mapping[str, Ten
     return refused
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict.
+
+    Raises:
+        ValueError: it holds something else than tensors with a shape; names it.
+    """
+    own = model.state_dict()
+    other = [name for name, value in own.items() if not isinstance(value, Tensor) or nn.parameter.is_lazy(value)]
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} holds state that is no tensor, or not initialised by a first call: {some(other)}; a "
+            "checkpoint holds tensors only"
+        )
+    return own
+
+
+def share(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
+    """Fill in the other names of parameters that a model holds under several; returns those whose values differ."""
+    differing = []
+    for names in _shared(model):
+        there = [name for name in names if name in found]
+        for name in names:
+            if there and name not in found:
+                found[name] = found[there[0]]
+        if any(not _same(found[there[0]], found[name]) for name in there[1:]):
+            differing.append(" and ".join(there))
+    return differing
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of parameters and buffers that have several."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    plain = is_weight(one) and is_weight(other)
+    return one is other or not plain or (one.shape == other.shape and torch.equal(one.double(), other.double()))
+
+
+def assign(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Give a model its tensors: copied into its own, or in place of those that are on the meta device."""
+    own = model.state_dict(keep_vars=True)
+    replaced = {name: found[name] for name, value in own.items() if value.is_meta}
+    model.load_state_dict({name: found[name] for name in own if name not in replaced}, strict=False)
+    if not replaced:
+        return
+    shared, memory = _shared(model), set()
+    for name, value in replaced.items():
+        value = (
+            value.detach() if value.dtype in _COMPUTED or not value.is_floating_point() else value.detach().to(own[name].dtype)
+        )
+        pointer = value.untyped_storage().data_ptr()
+        if pointer in memory or not value.is_contiguous():  # views of one memory would change with each other
+            value = value.clone(memory_format=torch.contiguous_format)
+        memory.add(pointer)
+        replaced[name] = value
+    model.load_state_dict(replaced, strict=False, assign=True)
+    for first, *others in shared:
+        for name in others:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, _attribute(model, first))
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(path), last)
+
+
+def computable(value: Tensor) -> Tensor:
+    """Real numbers of 8 bits in single precision, since nothing is computed with them as they are."""
+    small = value.layout == torch.strided and value.is_floating_point() and value.dtype.itemsize == 1
+    return value.float() if small and value.dtype not in _PACKED else value
+
+
 def is_weight(value: Tensor) -> bool:
     """Whether a tensor holds real numbers that may be computed with."""
-    return value.layout == torch.strided and not value.is_meta and value.is_floating_point()
+    return value.layout == torch.strided and not value.is_meta and value.is_floating_point() and value.dtype not in _PACKED
 
 
 def _first_convolution(model: nn.Module) -> str | None:
@@ -232,11 +313,25 @@ def unfit(value: Tensor, own: Tensor) -> str | None:
         return str(value.layout).removeprefix("torch.") if value.layout != torch.strided else "quantized"
     kind, wanted = _kind(value), _kind(own)
     if kind != wanted:
-        return f"{str(value.dtype).removeprefix('torch.')} where {wanted} are needed"
-    if value.is_meta or kind in ("whole numbers", "booleans"):
+        return f"{named(value.dtype)} where {wanted} are needed"
+    if value.dtype in _PACKED:
+        return f"{named(value.dtype)}, which is not computed with here"
+    if value.is_meta or kind == "booleans":
         return None
-    numbers = value.float() if value.dtype.itemsize == 1 else value
-    return None if bool(numbers.isfinite().all()) else "not finite"
+    if kind == "whole numbers":
+        same = own.is_meta or torch.equal(value.to(own.dtype).to(value.dtype), value)
+        return None if same else f"beyond the range of {named(own.dtype)}"
+    if not _finite(value):
+        return "not finite"
+    return None if own.is_meta or _finite(value.to(own.dtype)) else f"beyond the range of {named(own.dtype)}"
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(computable(value).isfinite().all())
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind(value: Tensor) -> str:

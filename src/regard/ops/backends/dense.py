@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import transforms
 from ..calls import definition
 from ..calls.call import Call
+from ..calls.lower import saturated
 from ..calls.source import HeadTable
 from ..patterns import Causal
 from ..tiles.products import SCORES
@@ -41,14 +42,15 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         # the fused kernel takes one width; more zeros change no logit, and no value that is kept
         q, k, v = (F.pad(t, [0, max(width, q.shape[-1]) - t.shape[-1]]) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    plain = call.bias is None and call.valid is None and call.scale > 0  # torch's kernels mask before they scale
+    tiny = torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny  # what is less may be 0 there
+    plain = call.bias is None and call.valid is None and call.scale >= tiny  # torch's kernels mask before they scale
     causal = isinstance(call.pattern, Causal) and call.queries == call.keys and plain
     mask = None if causal else call.mask()
     bias = call.dense_bias()
     if bias is not None:
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf)
-        bias = bias.to(q.dtype)
+        bias = saturated(bias, q.dtype)
     out = fused_attention(
         q, k, v,
         attn_mask=_full(mask if bias is None else bias, call),

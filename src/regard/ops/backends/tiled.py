@@ -28,6 +28,7 @@ from torch import Tensor
 from ..calls import definition
 from ..calls.call import Call
 from ..calls.heads import repeat_heads
+from ..calls.lower import saturated
 from ..calls.merging import merge
 from ..patterns import Blocks, Tokens
 from ..tiles.calls import (
@@ -388,7 +389,8 @@ def _plain_group(
     bias = q.new_zeros(1, 1, 1, 1, 1)
     if call.table is not None and group.offsets is not None:
         offsets = constant(group.offsets)
-        bias = call.table.table.flatten(1)[:, offsets].transpose(0, 1)[kinds][None].to(q.dtype)
+        bias = call.table.table.flatten(1)[:, offsets].transpose(0, 1)[kinds][None]
+        bias = saturated(bias, q.dtype)
     if group.mask is not None:
         visible = constant(group.mask)[kinds][None, :, None]
         bias = bias.masked_fill(~visible, -torch.inf)

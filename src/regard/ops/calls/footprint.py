@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import LARGEST, check_choice, check_grid, check_integer, check_sizes, check_tensor, shown
+
 KINDS = ("parts", "windows", "adaptive", "resize", "cells", "list")
 
 
@@ -44,10 +46,15 @@ class Footprint:
     prefix: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        grid = check_grid("grid", self.grid)
+        check_choice("kind", self.kind, KINDS)
         if (self.kind == "windows") != (self.ratio is not None):
-            raise ValueError(f"windows, and only they, need a ratio; got kind={self.kind!r}, ratio={self.ratio}")
+            raise ValueError(f"windows, and only they, need a ratio; got kind={self.kind!r}, ratio={shown(self.ratio)}")
+        if self.ratio is not None:
+            check_sizes("ratio", self.ratio, len(grid))
+        if self.start is not None and len(check_grid("start", self.start, -LARGEST)) != len(grid):
+            raise ValueError(f"start must have one entry per axis of the grid {grid}; got {shown(self.start)}")
+        check_integer("prefix", self.prefix)
 
     def axis_shares(self, axis: int, keys: int) -> Tensor:
         """How each of the keys on an axis is spread over its cells: ``(keys, cells)`` in float64, rows sum to at most 1."""
@@ -84,6 +91,7 @@ class Footprint:
 
         The mass of a key is divided among its cells; what keys without a cell get is left out.
         """
+        check_tensor("weights", weights, what="(batch, heads, rows, *k_grid)")
         k_grid = weights.shape[3:]
         self.check(k_grid)
         if self.kind == "list":

@@ -32,7 +32,8 @@ def starts(q: Tensor, q_start: int | Sequence[int]) -> tuple[int, ...]:
 def check_scale(q: Tensor, scale: float | None) -> float:
     """The factor on the logits: what is given, or ``head_dim ** -0.5``."""
     if scale is not None:
-        return check_number("scale", scale)
+        most = torch.finfo(torch.promote_types(q.dtype, torch.float32)).max  # what it is multiplied in
+        return check_number("scale", scale, -most, most)
     if q.shape[-1] == 0:
         raise ValueError(f"no axis may be empty but the batch; got q {tuple(q.shape)}")
     return q.shape[-1] ** -0.5
@@ -44,7 +45,8 @@ def check_sink(q: Tensor, sink: Tensor | float | None) -> None:
         return
     if not isinstance(sink, Tensor):
         if not (isinstance(sink, float) and math.isinf(sink)):  # none at all, and one that takes everything
-            check_number("sink", sink)
+            most = torch.finfo(torch.promote_types(q.dtype, torch.float32)).max
+            check_number("sink", sink, -most, most)
         return
     check_tensor("sink", sink, device=q.device, what="of one number per head")
     if tuple(sink.shape) not in ((), (1,), (q.shape[-2],)):
@@ -215,7 +217,17 @@ def _check_bias(call: Call, bias: Tensor) -> Tensor:
     check_tensor("bias", bias, device=call.q.device)
     if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(bias.shape), reversed(full), strict=False)):
         raise ValueError(f"bias must broadcast to (batch, heads, queries, keys) = {full}; got {tuple(bias.shape)}")
-    return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    return bias if bias.dtype != torch.float64 else saturated(bias, torch.promote_types(call.q.dtype, torch.float32))
+
+
+def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, where its finite numbers stay finite; each takes its gradient as if it had kept its value."""
+    most = torch.finfo(dtype).max
+    if torch.finfo(tensor.dtype).max > most:
+        nearest = tensor.detach().clamp(-most, most) + (tensor - tensor.detach())
+        tensor = torch.where(tensor.isfinite(), nearest, tensor)
+    return tensor.to(dtype)
 
 
 def _settle(call: Call) -> Call:

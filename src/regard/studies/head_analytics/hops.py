@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...lens.captured import Map
+from ...lens.captured import Map, check_map
 from ...lens.places import Cells
 
 
@@ -64,6 +64,7 @@ def hop_profile(found: Map) -> HopProfile:
     Raises:
         ValueError: queries and keys that are not patches of one grid.
     """
+    check_map(found)
     grid = found.grid
     cells = [where if isinstance(where, Cells) and where.grid == grid else None for where in found.places]
     if not isinstance(found.row_places, Cells) or not any(cells):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checks import check_tensor, checked
 from ...lens.capture import capture
 from ...tasks.common.refine.bilateral import bilateral_solver
 from .components import connected_components, fill_holes, largest_component
@@ -147,6 +148,7 @@ def normalised_cut(edges: Tensor, *, weak: float = WEAK) -> Tensor:
     return roots * largest_eigenvector(lambda z: roots * product(roots * z), degrees.sqrt())[0]
 
 
+@checked()
 def tokencut(
     features: Tensor,
     *,
@@ -167,7 +169,10 @@ def tokencut(
     Raises:
         ValueError: features of another rank, see also :func:`affinity`.
     """
-    if features.ndim != 3:
+    check_tensor("features", features, what="(rows, columns, dim)")
+    if image_size is not None and len(image_size) != 2:
+        raise ValueError(f"image_size must be rows and columns; got {tuple(image_size)}")
+    if features.ndim != 3 or 0 in features.shape:
         raise ValueError(f"expected features (rows, columns, dim) of one image; got {tuple(features.shape)}")
     y = normalised_cut(affinity(features.flatten(0, 1), threshold=threshold, weak=weak, binary=binary))
     return object_of(y.view(features.shape[:2]), patch_size=patch_size, image_size=image_size)

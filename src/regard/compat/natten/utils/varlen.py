@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....checks import FLOATS, check_tensor
+
 __all__ = ["generate_varlen_parameters"]
 
 
@@ -27,6 +29,11 @@ def generate_varlen_parameters(
         return None, None, 0, 0
     if seqlens_Q is None or seqlens_KV is None:
         raise ValueError("seqlens_Q and seqlens_KV belong together; got one of them")
+    for name, tensor, allowed in (
+        ("query", query, FLOATS), ("key", key, FLOATS), ("value", value, FLOATS),
+        ("seqlens_Q", seqlens_Q, (torch.int32,)), ("seqlens_KV", seqlens_KV, (torch.int32,)),
+    ):  # fmt: skip
+        check_tensor(name, tensor, allowed, device=None if name == "query" else query.device)
     kinds = {seqlens_Q.dtype, seqlens_KV.dtype}
     if seqlens_Q.ndim != 1 or seqlens_Q.shape != seqlens_KV.shape or not len(seqlens_Q) or kinds != {torch.int32}:
         raise ValueError(
