@@ -10,6 +10,8 @@ import regard
 from regard import create_mixer
 from regard.lens import capture, flow, gradient_times_attention, relevance, relevance_of, rollout
 from regard.lens.flow import maximum_flows
+from regard.studies.head_analytics import hop_profile
+from regard.studies.tokencut import tokencut
 
 KIND = torch.float64
 
@@ -447,9 +449,9 @@ def test_what_is_no_capture_row_share_or_class_is_refused():
         (regard.lens.head_similarity, {"found": maps[0], "kind": "js", "limit": 1 << 33}),
         (regard.lens.effective_rank, {"found": maps[0], "limit": 1 << 33}),
         (regard.lens.image_map, {"found": maps[0], "heads": "mean", "image_size": (32, 32)}),
-        (regard.lens.hop_profile, {"found": maps[0]}),
+        (hop_profile, {"found": maps[0]}),
         (
-            regard.lens.tokencut,
+            tokencut,
             {"features": torch.randn(4, 4, 8), "patch_size": 1, "image_size": (4, 4), "weak": 0.1},
         ),
     ]

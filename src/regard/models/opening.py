@@ -61,8 +61,8 @@ def open_model(text: str, classes: int | None = None) -> tuple[nn.Module, str, i
         ModuleNotFoundError: a folder, without transformers.
     """
     if text == TINY_DINO:
-        from ..data.pretrained import TINY_DINO as CHANGED
-        from ..data.pretrained import tiny_dino
+        from .pretrained import TINY_DINO as CHANGED
+        from .pretrained import tiny_dino
 
         return tiny_dino(), f"{TINY_DINO}, trained", CHANGED["image_size"]
     if Path(text).is_dir():

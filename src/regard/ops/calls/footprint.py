@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import LARGEST, check_choice, check_grid, check_integer, check_sizes, check_tensor, shown
+from ...checks import LARGEST, check_choice, check_grid, check_integer, check_sizes, check_tensor, shown
 
 KINDS = ("parts", "windows", "adaptive", "resize", "cells", "list")
 
