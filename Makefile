@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-OLDEST := torch==2.11.0
 # what a fresh machine installs beside torch; `make lock` finds newer ones, `make test-latest` takes what is newest today
 LOCK := --constraint constraints.txt
 TOOLS := pytest pytest-xdist hypothesis expecttest
@@ -24,7 +23,7 @@ test-slow: $(VENV)/.dev
 test-latest:
 	$(MAKE) test VENV=.venv-latest LOCK=
 
-# the package's own lower bounds, the oldest torch included
+# the package's own lower bounds
 test-oldest: .venv-oldest/.oldest
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not peer" tests/ops tests/layers tests/models tests/data
 
@@ -42,12 +41,11 @@ lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv-lock/torch.txt
-	echo "$(OLDEST)" > .venv-lock/oldest.txt
 	.venv-lock/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --upgrade --quiet \
 		--constraint .venv-lock/torch.txt --no-annotate --no-header -o .venv-lock/new.txt
 	grep -v -E "^(nvidia|cuda)-" .venv-lock/new.txt > constraints.txt
 	.venv-lock/bin/uv pip compile pyproject.toml --python-version 3.11 --resolution lowest-direct --upgrade --quiet \
-		--constraint .venv-lock/oldest.txt --extra train --extra lens --extra app --no-annotate --no-header -o .venv-lock/old.txt
+		--constraint .venv-lock/torch.txt --extra train --extra lens --extra app --no-annotate --no-header -o .venv-lock/old.txt
 	grep -v -E "^(nvidia|cuda|triton)" .venv-lock/old.txt > constraints-oldest.txt
 
 lint: $(VENV)/.dev
