@@ -125,12 +125,20 @@ def system_page(system: System) -> str:
     parts.append(f"**Source**: {to_markdown(account.source)}.")
     if system.cards:
         parts += ["## Sizes", _sizes(system)]
+    parts += ["## Verified", _verified(system)]
     if system.exempt:
         parts += ["## What it lacks", "\n".join(f"- {name}: {reason}" for name, reason in system.exempt.items())]
     test = ROOT / "tests" / "systems" / f"test_{system.slug}.py"
     parts += ["## Tests", f"`tests/systems/{test.name}` and the shared contract, `tests/systems/test_contract.py`. The former:"]
     parts.append("\n".join(f"- {name}" for name in test_names(test)))
     return "\n\n".join(parts)
+
+
+def _verified(system: System) -> str:
+    if system.verified == "formula":
+        return "Its tests restate the formula; there is no code to compare with that runs here."
+    said = "In float64, under the same made-up weights; errors relative to the largest entry.\n\n"
+    return said + "\n".join(f"- {each.strip()}" for each in system.verified.split("|"))
 
 
 def test_names(path: Path) -> list[str]:

@@ -53,6 +53,9 @@ class System:
     Attributes:
         entry: dotted path of what creates it.
         sizes: names of its models, or text forms of its patterns.
+        verified: what it was compared with in float64 under the same weights, several separated by ``|``: repository and
+            commit, or library and version; variants; image sizes; modes; largest error of the output and of the gradient of
+            the input, relative to their largest entries. ``"formula"`` where only its tests restate it.
         exempt: properties that it lacks, with reasons.
     """
 
@@ -66,6 +69,7 @@ class System:
     area: str
     entry: str
     sizes: tuple[str, ...]
+    verified: str
     exempt: Mapping[str, str]
 
     @property
@@ -159,7 +163,7 @@ def system(slug: str) -> System:
 
 def _system(row: dict[str, str]) -> System:
     exempt = dict(part.strip().split(": ", 1) for part in row["exempt"].split(";") if part.strip())
-    words = {name: row[name] for name in ("slug", "name", "title", "arxiv", "kind", "area", "entry")}
+    words = {name: row[name] for name in ("slug", "name", "title", "arxiv", "kind", "area", "entry", "verified")}
     return System(id=int(row["id"]), year=int(row["year"]), sizes=tuple(row["sizes"].split()), exempt=exempt, **words)
 
 

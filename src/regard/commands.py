@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .listing import HEADS, WIDTH, listed, print_table
+from .listing import HEADS, WIDTH, equal_to, listed, print_table
 from .listing import rows as all_rows
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def systems(
     area: Annotated[str | None, typer.Option(help="Only those of this area.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False,
 ) -> None:
-    """The catalog: published systems that work here; --json adds entry points and sizes."""
+    """The catalog: published systems that work here, and the code each was found equal to; --json adds the rest."""
     rows = all_rows()
     if area is not None:
         areas = sorted({row["area"] for row in rows})
@@ -164,8 +164,8 @@ def systems(
         print(json.dumps(rows, indent=2))
         return
     print_table(
-        ["id", "name", "paper", "year", "area"], ["title"],
-        [[row["id"], row["name"], row["arxiv"], row["year"], row["area"], row["title"]] for row in rows],
+        ["id", "name", "paper", "year", "area"], ["title", "equal to"],
+        [[row["id"], row["name"], row["arxiv"], row["year"], row["area"], row["title"], equal_to(row)] for row in rows],
     )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ def rows() -> list[dict[str, str]]:
     return list(csv.DictReader(_read("systems.csv").splitlines()))
 
 
+def equal_to(row: dict[str, str]) -> str:
+    """The code that a system was found equal to, by repository and commit or library and version; else ``formula``."""
+    return ", ".join(dict.fromkeys(each.split(":")[0].strip() for each in row["verified"].split("|")))
+
+
 def listed(kind: str, pattern: str = "*") -> list[dict[str, Any]]:
     """What is known of the ``"mixers"`` or ``"models"`` whose names match a shell-style pattern.
 

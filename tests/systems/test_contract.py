@@ -6,6 +6,7 @@ A property that a system really lacks stands in the row's ``exempt``: ``property
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import resources
@@ -24,7 +25,9 @@ from regard.layers.mixers import PatternMixer
 from regard.ops.patterns import parse
 
 PROPERTIES = ("gradients", "batch", "bfloat16", "state_dict", "compile", "export", "seed", "errors")
-COLUMNS = ["id", "slug", "name", "title", "arxiv", "year", "kind", "area", "entry", "sizes", "exempt"]
+VERIFIED = r"(\S+/\S+@[0-9a-f]{7}|\w+ [\d.]+|same)[^:;|]*: [^;|]+; [^;|]+; .*(output|eigenvector) [\d.e-]+.*"
+"""What a system was compared with: code, variants, sizes, and the errors, see :class:`regard.catalog.System`."""
+COLUMNS = ["id", "slug", "name", "title", "arxiv", "year", "kind", "area", "entry", "sizes", "verified", "exempt"]
 
 
 @cache
@@ -188,6 +191,8 @@ def test_rows_are_complete_and_unique():
         assert callable(resolve_name(row["entry"]))
         assert set(exempt(row)) <= set(PROPERTIES)
         assert all(exempt(row).values())
+        for source in row["verified"].split("|"):
+            assert row["verified"] == "formula" or re.fullmatch(VERIFIED, source.strip()), source
         assert Path(__file__).with_name(f"test_{row['slug']}.py").is_file()
         if row["kind"] == "backbone":
             assert set(row["sizes"].split()) <= set(list_models())
