@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.lens import capture, image_map, relevance, rollout
-from regard.lens.foreign import INTERFACE, window_index
+from regard.hosts.transformers import INTERFACE
+from regard.hosts.windows import window_index
 
 
 def joined(maps, name):

@@ -47,7 +47,7 @@ class _Eagerly:
             self._stance = torch.compiler.set_stance("force_eager")
 
 
-_EAGERLY = _Eagerly()
+EAGERLY = _Eagerly()
 
 
 class Trail:
@@ -64,7 +64,7 @@ class Trail:
         self._handles: list = []
 
     def __enter__(self) -> Trail:
-        _EAGERLY.enter()
+        EAGERLY.enter()
         with _HOOKS:
             self._handles = [
                 register_module_forward_pre_hook(in_this_thread(self._enter)),
@@ -77,7 +77,7 @@ class Trail:
             for handle in self._handles:
                 handle.remove()
         self.modules.clear()
-        _EAGERLY.leave()
+        EAGERLY.leave()
 
     @property
     def recomputing(self) -> bool:
@@ -93,7 +93,7 @@ class Trail:
         return next((names[m] for m in reversed(self.modules) if m in names), None)
 
     def _enter(self, module: nn.Module, args) -> None:
-        _EAGERLY.notice()
+        EAGERLY.notice()
         if not self.modules:
             self._names = {m: name for name, m in module.named_modules()}
         self.modules.append(module)

@@ -5,7 +5,7 @@
     maps["stages.2.blocks.0.mixer"].weights[0]      # (batch, heads, 1, *k_grid)
 
 The attention itself runs as ever, on its own backend; the weights of the chosen rows are computed beside it, or later from
-queries and keys (``lazy``). Models of other libraries are told apart by their modules, see :mod:`regard.lens.foreign`.
+queries and keys (``lazy``). Models of other libraries are reached through :mod:`regard.hosts`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import LARGEST, check_flag, check_integer, check_number, check_text, shown
+from ..hosts import attach
 from ..hosts.running import Trail
 from ..layers.mixers import AttentionMixer
 from ..layers.mixers.criss_cross import CrissCrossAttention
@@ -31,7 +32,7 @@ from ..ops.calls.footprint import Footprint
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
 from ..ops.patterns import Dense, as_pattern
 from .captured import Arrival, Backward, Map, Maps, check_bytes, check_limit, needed_bytes, plain
-from .foreign import Found, watched
+from .hosted import Found, reporting
 from .kept import Kept, KeptAttention, KeptPart, KeptWeighing, detached
 from .places import Cells, Reduced, Where
 
@@ -84,7 +85,7 @@ def capture(
         stack.enter_context(recorder)
         stack.enter_context(listening(OBSERVERS, recorder.attended))
         stack.enter_context(listening(WATCHERS, recorder.weighed))
-        stack.enter_context(watched(model, recorder.found))
+        stack.enter_context(attach(model, reporting(recorder.found), strict=False))
         yield recorder.maps
 
 
