@@ -13,10 +13,11 @@ from regard.ops.backends import tiled
 from regard.ops.backends.native import attention
 from regard.ops.backends.native import backend as native
 from regard.ops.backends.native.attention import TileSet
+from regard.ops.compiled import missing
 from regard.ops.linear import native as linear
 from regard.ops.tiles.plan import tile_plan
 
-COMPILED = pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")
+COMPILED = pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
 FAST = [pytest.param("native", marks=COMPILED), "tiled"]
 
 

@@ -77,7 +77,7 @@ def test_the_plan_names_the_backend_that_runs(case):
     case.valid = False
     chosen = plan_of(case).backend.split(" + ")
     ran: set[str] = set()
-    originals = {name: module.run for name, module in BACKENDS.items()}
+    originals = {name: backend.run for name, backend in BACKENDS.items()}
 
     def spy(name):
         def run(call):
@@ -87,8 +87,8 @@ def test_the_plan_names_the_backend_that_runs(case):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in BACKENDS.items():
-            patch.setattr(module, "run", spy(name))
+        for name, backend in BACKENDS.items():
+            patch.setattr(backend, "run", spy(name))
         case.sink = None
         with torch.no_grad():
             case.run(case.tensors(torch.float32), "auto", return_lse=False)

@@ -155,7 +155,7 @@ def test_descriptors_serve_what_they_can_on_the_device(changes, described, launc
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 def test_descriptors_do_not_read_past_the_keys_of_a_tile_on_the_device(poison, launched, monkeypatch):
     """What stands beside the keys of a tile in the same box is never multiplied, not even by zero."""
-    monkeypatch.setattr(backend.reference, "guarded", lambda call: (call, False))  # it would keep such values from the kernel
+    monkeypatch.setattr(backend.definition, "guarded", lambda call: (call, False))  # it would keep such values from the kernel
     q, k, v = (torch.randn(1, 36, 1, 16) for _ in range(3))
     expected = attend(q[:, :12], k[:, :12], v[:, :12], "window(12)", backend="reference")
     v[:, 12:] = poison

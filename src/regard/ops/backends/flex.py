@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 from ...caches import Cache, cached
 from .. import transforms
-from ..calls import definition
+from ..calls import definition, fused
 from ..calls.call import Call
 from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
-from . import dense
+from .base import Backend, Cost, cost_of
 
 BLOCK = 128
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
@@ -43,13 +43,32 @@ Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Visibility from batch item, head, query index and key index, all scalar tensors."""
 
 
-def available() -> str | None:
-    if COMPILER is None and not torch.cuda.is_available():
-        return "no C++ compiler found to compile for CPU"
-    return None
+class FlexBackend(Backend[Call]):
+    """torch's compiled attention."""
+
+    name = "flex"
+    passed_over = "compiles for seconds; runs where asked for"
+
+    def available(self) -> str | None:
+        if COMPILER is None and not torch.cuda.is_available():
+            return "no C++ compiler found to compile for CPU"
+        return None
+
+    def supports(self, call: Call) -> str | None:
+        return _problem(call)
+
+    def automatic(self, call: Call) -> bool:
+        return False
+
+    def cost(self, call: Call) -> Cost:
+        pairs = computed_pairs(call)
+        return cost_of(call, pairs, tile=(BLOCK, BLOCK), tiles=call.batch * call.heads * pairs // BLOCK**2)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return _run(call)
 
 
-def supports(call: Call) -> str | None:
+def _problem(call: Call) -> str | None:
     if torch.compiler.is_compiling():
         return "compiles by itself, not inside a compiled graph"
     if call.is_differentiated:
@@ -76,7 +95,7 @@ def supports(call: Call) -> str | None:
     return None if COMPILER else "no C++ compiler found to compile for CPU"
 
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
@@ -92,7 +111,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         )  # fmt: skip
     out, lse = result if call.need_lse else (result, None)
     out = out.transpose(1, 2).unflatten(1, call.q_grid)
-    return dense.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
+    return fused.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
 
 
 @cached(1)

@@ -6,24 +6,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ...counted import register_flop_formula
 from ..calls import definition
 from ..calls.call import Call
+from ..calls.definition import lse_like
 from ..calls.source import HeadTable
 from ..patterns import Blocks, parse
 from ..transforms import gradients
-
-
-def lse_like(q: Tensor) -> Tensor:
-    """An uninitialised log-sum-exp for queries ``(batch, *grid, heads, dim)``."""
-    return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def differentiated(call: Call) -> bool:
-    """Whether a backward may come, which needs the log-sum-exp."""
-    return call.needs_grad or (torch.is_grad_enabled() and torch._C._are_functorch_transforms_active())
 
 
 def _call(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale) -> Call:

@@ -25,14 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls import definition
+from ..calls import definition, fused
 from ..calls.call import Call
+from ..calls.definition import lse_like
 from ..calls.heads import repeat_heads
 from ..calls.merging import merge
-from ..patterns import Blocks, Tokens
+from ..patterns import Blocks
+from ..tiles import calls as tile_calls
 from ..tiles.calls import (
     arguments,
-    computed_pairs,
     flops,
     flops_backward,
     nothing_changes,
@@ -41,14 +42,14 @@ from ..tiles.calls import (
     plan_from,
     plan_of,
 )
-from ..tiles.calls import supports as supports
 from ..tiles.chunks import Chunk, Problem, Rows, pose, routed_chunks, static_chunks, to_rows
 from ..tiles.plan import TileGroup
 from ..tiles.products import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles.tables import Index, tables_of
 from ..tiles.threads import run_all
-from . import dense
-from .operators import complete, lse_like
+from . import costs
+from .base import Backend, Cost, cost_of
+from .operators import complete
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
@@ -57,20 +58,38 @@ SHARED_FLOPS = 1e9
 split each operator: inside a model they still spin when a pool begins."""
 
 
-def prefers(call: Call) -> bool:
-    """Whether the tiles are expected to beat dense attention."""
-    if isinstance(call.pattern, Tokens):
-        margin = 12.0  # keys gathered for single queries are read far more often
-    else:
-        margin = 1.4 if call.device.type == "cpu" else 2.5
-    return computed_pairs(call) * margin <= call.queries * call.keys
+class TiledBackend(Backend[Call]):
+    """Tiles on torch's operators."""
 
+    name = "tiled"
+    passed_over = "no gain: most keys are visible"
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    if torch.compiler.is_exporting():
-        return _run_plain(call)
-    out, lse = tiled_attention(*arguments(call))
-    return out, lse if call.need_lse else None
+    def supports(self, call: Call) -> str | None:
+        return tile_calls.supports(call)
+
+    def time(self, call: Call) -> float:
+        return self._per_pair(call) * tile_calls.computed_pairs(call)
+
+    def _per_pair(self, call: Call) -> float:
+        if tile_calls.gathers_single(call):
+            return costs.SINGLE
+        return costs.TILED_CPU if call.device.type == "cpu" else costs.TILED
+
+    def cost(self, call: Call) -> Cost:
+        return cost_of(call, tile_calls.computed_pairs(call), tile_calls.gathered_bytes(call), *tile_calls.tiles_of(call))
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_exporting():
+            return _run_plain(call)
+        out, lse = tiled_attention(*arguments(call))
+        return out, lse if call.need_lse else None
+
+    def reason(self, call: Call) -> str:
+        few = self.time(call) <= costs.DENSE * call.queries * call.keys
+        return "computes far fewer pairs than dense attention" if few else "returns lse without storing the weights"
+
+    def why_not(self, call: Call, chosen: Cost) -> str:
+        return "the same tiles on torch's operators" if chosen.tile == tile_calls.tiles_of(call)[0] else self.passed_over
 
 
 def _parts(problem: Problem, q: Tensor, k: Tensor, block, spec, bias_spec, q_start, zeros) -> list[Iterator[Chunk]]:
@@ -355,10 +374,10 @@ complete(tiled_attention, tiled_attention_backward, flops, flops_backward)
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
     """The same tiles in public operators that every exporter knows; the grid is a constant of the exported program."""
     if isinstance(call.pattern, Blocks):
-        return dense.run(call)
+        return fused.run(call)
     plan = plan_of(call)
     if plan is None or plan.causal or not plan.parts:
-        return dense.run(call)
+        return fused.run(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
     valid = None if call.valid is None else call.valid.flatten(1)
     parts = [[_plain_group(call, group, q, k, v, valid, len(plan.parts) > 1) for group in part] for part in plan.parts]
@@ -402,7 +421,7 @@ def _plain_group(
         shape = (1, *q.shape[1:-1], k.shape[-2])
         full = bias.expand(shape).flatten(1, 2) if bias.numel() > 1 else None
         # exporters know the operator with one axis of heads, for which the tiles may stand too
-        flat = dense.fused_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=full, scale=call.scale)
+        flat = fused.fused_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=full, scale=call.scale)
         out = flat.unflatten(1, q.shape[1:3])
         lse = out[..., 0]
     return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)

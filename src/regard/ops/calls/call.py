@@ -80,6 +80,11 @@ class Call:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.carriers)
 
     @property
+    def expects_backward(self) -> bool:
+        """Whether a backward may come, which needs the log-sum-exp."""
+        return self.needs_grad or (torch.is_grad_enabled() and transforms.active())
+
+    @property
     def carriers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The tensors that carry derivatives: q, k, v, the bias and the bias table."""
         return self.q, self.k, self.v, self.bias, self.table.table if self.table else None

@@ -24,12 +24,19 @@ from .source import HeadTable
 
 PAIRS = 1 << 24
 """Products of pairs that are held at once."""
+SCORES = 1 << 26
+"""Scores that are held at once."""
 
 
 def exactly(device: torch.device):
     """Without autocasting, where it is on."""
     active = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """An uninitialised log-sum-exp for queries ``(batch, *grid, heads, dim)``."""
+    return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def logits(call: Call, rows: Tensor | None = None) -> Tensor:

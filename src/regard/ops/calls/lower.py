@@ -118,7 +118,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
     if heads is not None:
         heads = _check_heads(heads, q.shape[-2])
         q = q[..., list(heads), :]
-    q, k, v = _common_dtype(q, k, v)
+    q, k, v = common_dtype(q, k, v)
     _check_tensors(q, k, v)
     if source.footprint is not None and not isinstance(source.footprint, Footprint):
         raise TypeError(f"footprint must be a Footprint; got {shown(source.footprint)}")
@@ -179,7 +179,7 @@ def _take_heads(call: Call, pattern: Pattern, first: int, count: int) -> Call:
     return replace(call, q=call.q[..., first : first + count, :], k=k, v=v, pattern=pattern, bias=bias, table=table)
 
 
-def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     kinds = {t.dtype for t in tensors}
     if len(kinds) == 1:
         return tensors

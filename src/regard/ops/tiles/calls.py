@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.operators import differentiated, lse_like
 from ..calls.call import Call
-from ..patterns import Blocks, Ints
+from ..calls.definition import lse_like
+from ..patterns import Blocks, Ints, Tokens
 from ..tracing import constant_in_graphs
 from ..transforms import PLAIN_ONLY
-from .plan import TilePlan, tile_plan
+from .plan import TileGroup, TilePlan, tile_plan
 
 
 def supports(call: Call) -> str | None:
@@ -53,6 +53,45 @@ def computed_pairs(call: Call) -> int:
 def plan_of(call: Call) -> TilePlan | None:
     """The tiles of a call of a static pattern."""
     return tile_plan(*_plan_key(call))
+
+
+def gathers_single(call: Call) -> bool:
+    """Whether keys are gathered for single queries."""
+    return isinstance(call.pattern, Tokens)
+
+
+def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
+    """Queries and keys of the most common tile, and the number of tiles over batch and heads."""
+    each = call.batch * call.heads
+    if isinstance(call.pattern, Blocks):
+        size, (number, listed) = _block_tokens(call), call.pattern.table.shape[-2:]
+        return (size, listed * size), each * number
+    groups = _groups(call)
+    common = max(groups, key=lambda group: len(group.queries), default=None)
+    if common is None:
+        return (), 0
+    return (common.queries.shape[1], common.keys.shape[1]), each * sum(len(g.queries) for g in groups)
+
+
+def gathered_bytes(call: Call) -> int:
+    """Bytes of the rows of q, k and v that are gathered into tiles, written and read."""
+    widths = call.k.shape[-2] * (call.k.shape[-1] + call.v.shape[-1])
+    if isinstance(call.pattern, Blocks):
+        keys, queries = math.prod(call.pattern.table.shape[-2:]) * _block_tokens(call), call.queries
+    else:
+        groups = _groups(call)
+        keys, queries = sum(g.keys.size for g in groups), sum(g.queries.size for g in groups)
+    return call.q.element_size() * 2 * call.batch * (keys * widths + queries * call.heads * call.q.shape[-1])
+
+
+def _block_tokens(call: Call) -> int:
+    sizes: tuple[int, ...] = _block_sizes(call.pattern.block, call.k_grid)  # type: ignore[attr-defined]  # of routed blocks only
+    return math.prod(sizes)
+
+
+def _groups(call: Call) -> list[TileGroup]:
+    plan = plan_of(call)
+    return [group for part in plan.parts for group in part] if plan else []
 
 
 def _plan_key(call: Call) -> tuple:
@@ -97,7 +136,7 @@ def arguments(call: Call) -> tuple:
         list(call.q_start),
         [n for pair in call.zeros for n in pair],
         call.scale,
-        call.need_lse or differentiated(call),
+        call.need_lse or call.expects_backward,
     )  # fmt: skip
 
 

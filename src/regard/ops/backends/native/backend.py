@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import transforms
 from ...calls.call import Call
 from ...compiled import missing
-from ...patterns import Dense, Tokens
+from ...patterns import Dense
 from ...tiles import calls as tile_calls
 from ...tiles.calls import (
     arguments,
-    computed_pairs,
     flops,
     flops_backward,
     nothing_changes,
@@ -26,47 +26,53 @@ from ...tiles.calls import (
     nothing_to_do,
     static_plan,
 )
-from .. import tiled
+from .. import costs
+from ..base import Backend, Cost, cost_of, flop
 from ..operators import complete
 from .tables import TYPES, Parts, attend_parts, differentiate_parts, routed_parts, static_parts
 
-SMALLEST = 1e7
-"""FLOPs from which dense attention is done here rather than by torch's operator: a call costs 0.05 ms more."""
 
+class NativeBackend(Backend[Call]):
+    """Compiled tiles."""
 
-def available() -> str | None:
-    return missing()
+    name = "native"
+    passed_over = "no gain: too little to do"
 
+    def available(self) -> str | None:
+        return missing()
 
-def supports(call: Call) -> str | None:
-    if call.device.type != "cpu":
-        return f"compiled for CPUs; got {call.device.type}"
-    if call.q.dtype not in TYPES:
-        return f"only float32, bfloat16 and float16; got {call.q.dtype}"
-    if torch.compiler.is_exporting():
-        return "an exported program must run elsewhere too"
-    if (why := tile_calls.supports(call)) is not None:
-        return why
-    if tile_calls.is_triangle(call):
-        return "raster order without a grid belongs to dense attention"
-    return missing()
+    def supports(self, call: Call) -> str | None:
+        if call.device.type != "cpu":
+            return f"compiled for CPUs; got {call.device.type}"
+        if call.q.dtype not in TYPES:
+            return f"only float32, bfloat16 and float16; got {call.q.dtype}"
+        if torch.compiler.is_exporting():
+            return "an exported program must run elsewhere too"
+        if (why := tile_calls.supports(call)) is not None:
+            return why
+        if tile_calls.is_triangle(call):
+            return "raster order without a grid belongs to dense attention"
+        return missing()
 
+    def time(self, call: Call) -> float:
+        pairs, dense = tile_calls.computed_pairs(call), call.queries * call.keys
+        if tile_calls.gathers_single(call):
+            each, worth = costs.SINGLE, costs.SINGLE * pairs <= dense
+        elif isinstance(call.pattern, Dense) and transforms.active():  # torch's operator knows all of them
+            each, worth = costs.NATIVE, False
+        else:
+            each, worth = costs.NATIVE, pairs < dense or flop(call, pairs) >= costs.NATIVE_WORTH
+        return (each if worth else each * costs.NATIVE_CALL) * pairs
 
-def prefers(call: Call) -> bool:
-    """Whether this is expected to beat torch's dense attention."""
-    if isinstance(call.pattern, Dense) and torch._C._are_functorch_transforms_active():
-        return False  # torch's operator knows all transforms
-    pairs = computed_pairs(call)
-    if isinstance(call.pattern, Tokens):
-        return tiled.prefers(call)
-    if pairs < call.queries * call.keys:
-        return True
-    return call.batch * call.heads * pairs * 2 * (call.q.shape[-1] + call.v.shape[-1]) >= SMALLEST
+    def cost(self, call: Call) -> Cost:
+        return cost_of(call, tile_calls.computed_pairs(call), 0, *tile_calls.tiles_of(call))
 
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        out, lse = native_attention(*arguments(call))
+        return out, lse if call.need_lse else None
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    out, lse = native_attention(*arguments(call))
-    return out, lse if call.need_lse else None
+    def reason(self, call: Call) -> str:
+        return "compiled for this CPU"
 
 
 def _parts(q, k, table, valid, blocks, block, spec, bias_spec, q_start, zeros) -> Parts:

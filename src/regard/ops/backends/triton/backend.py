@@ -27,11 +27,13 @@ from torch import Tensor
 
 from ...calls import definition
 from ...calls.call import Call
+from ...calls.definition import lse_like
 from ...patterns import Blocks, Separable, Tokens
 from ...tiles.calls import nothing_changes, nothing_seen, nothing_to_do
 from ...tracing import constant_in_graphs
 from ...transforms import PLAIN_ONLY
-from ..operators import complete, differentiated, lse_like
+from ..base import Backend, Cost, cost_of
+from ..operators import complete
 from .boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -73,8 +75,29 @@ What fits in registers, by the compiler's report for compute capability 9.0.
 """
 
 
-def available() -> str | None:
-    return None if INSTALLED else "triton is not installed"
+class TritonBackend(Backend[Call]):
+    """Fused kernels for GPUs."""
+
+    name = "triton"
+    passed_over = "not measured on a GPU yet; runs where asked for"
+
+    def available(self) -> str | None:
+        return None if INSTALLED else "triton is not installed"
+
+    def supports(self, call: Call) -> str | None:
+        return _problem(call)
+
+    def automatic(self, call: Call) -> bool:
+        return False
+
+    def cost(self, call: Call) -> Cost:
+        walk = _walk_of(call)
+        listed = call.pattern.table.shape[-1] if isinstance(call.pattern, Blocks) else 1
+        tile, tiles = (math.prod(walk.tile), math.prod(walk.box)), call.batch * call.heads * walk.programs
+        return cost_of(call, walk.computed_pairs * listed, 0, tile, tiles)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return _run(call)
 
 
 def interpreted() -> bool:
@@ -82,7 +105,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def supports(call: Call) -> str | None:
+def _problem(call: Call) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
     if call.is_differentiated:
@@ -137,7 +160,7 @@ def _key(call: Call) -> tuple:
     return call.pattern.spec, ints(call.q_grid), ints(call.k_grid), ints(call.q_start), tuple(map(ints, call.zeros)), table
 
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
@@ -153,20 +176,9 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         list(call.q_start),
         [n for pair in call.zeros for n in pair],
         call.scale,
-        call.need_lse or differentiated(call),
+        call.need_lse or call.expects_backward,
     )  # fmt: skip
     return out, lse if call.need_lse else None
-
-
-def computed_pairs(call: Call) -> int:
-    """Pairs of query and key computed per batch item and head."""
-    return _walk_of(call).computed_pairs * (call.pattern.table.shape[-1] if isinstance(call.pattern, Blocks) else 1)
-
-
-def tiles(call: Call) -> tuple[tuple[int, ...], int]:
-    """Queries of a tile and keys of a box, and the number of tiles over batch and heads."""
-    walk = _walk_of(call)
-    return (math.prod(walk.tile), math.prod(walk.box)), call.batch * call.heads * walk.programs
 
 
 def _walk_of(call: Call) -> Walk:
