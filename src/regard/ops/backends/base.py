@@ -87,7 +87,7 @@ def choose(among: Mapping[str, Backend[AnyCall]], call: AnyCall, name: str = "au
     Raises:
         ValueError: an unknown backend, or a named one that cannot run this call.
     """
-    if name != "auto":
+    if not isinstance(name, str) or name != "auto":
         check_choice("backend", name, ("auto", *among))
         if (why := among[name].supports(call)) is not None:
             raise ValueError(f"backend {name!r} cannot run this call: {why}")

@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import transforms
 from ..calls import definition, fused
 from ..calls.call import Call
-from ..patterns import Neighborhood
 from . import costs
 from .base import Backend, Cost, cost_of
 
@@ -55,9 +54,9 @@ class NattenBackend(Backend[Call]):
 
 
 def _problem(call: Call) -> str | None:
-    pattern = call.pattern
-    if not isinstance(pattern, Neighborhood) or pattern.border != "shift":
-        return f"only Neighborhood with border='shift'; got {pattern!r}"
+    pattern = call.pattern.as_neighborhood()
+    if pattern is None or pattern.border != "shift":
+        return f"only Neighborhood with border='shift'; got {call.pattern!r}"
     if not INSTALLED:
         return "natten is not installed"
     if getattr(sys.modules.get("natten"), "computed_by", None) == "regard":
@@ -124,6 +123,7 @@ def _run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _per_axis(call: Call) -> tuple[tuple, tuple, tuple, tuple]:
     """Kernel sizes, dilations, strides and causality, one entry per axis."""
-    pattern = call.pattern
-    values = (pattern.kernel_size, pattern.dilation, pattern.stride, pattern.causal)  # type: ignore[attr-defined]  # checked
+    pattern = call.pattern.as_neighborhood()
+    assert pattern is not None  # it was checked
+    values = (pattern.kernel_size, pattern.dilation, pattern.stride, pattern.causal)
     return tuple(v if isinstance(v, tuple) else (v,) * call.rank for v in values)  # type: ignore[return-value]

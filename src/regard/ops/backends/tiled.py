@@ -30,7 +30,6 @@ from ..calls.call import Call
 from ..calls.definition import lse_like
 from ..calls.heads import repeat_heads
 from ..calls.merging import merge
-from ..patterns import Blocks
 from ..tiles import calls as tile_calls
 from ..tiles.calls import (
     arguments,
@@ -373,7 +372,7 @@ complete(tiled_attention, tiled_attention_backward, flops, flops_backward)
 
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
     """The same tiles in public operators that every exporter knows; the grid is a constant of the exported program."""
-    if isinstance(call.pattern, Blocks):
+    if call.pattern.as_blocks(call.rank) is not None:
         return fused.run(call)
     plan = plan_of(call)
     if plan is None or plan.causal or not plan.parts:

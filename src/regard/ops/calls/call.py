@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...caches import Cache
 from .. import transforms
-from ..patterns import Dense, Pattern, grid_positions
+from ..patterns import Pattern, grid_positions
 from .source import TableBias
 
 KEPT_PAIRS, KEPT_MASKS = 1 << 22, 32
@@ -103,7 +103,7 @@ class Call:
     def mask(self, rows: Tensor | None = None) -> Tensor | None:
         """Visible pairs, broadcastable to ``(batch, heads, queries, keys)``; None where all are. ``valid`` included."""
         mask = None
-        if not isinstance(self.pattern, Dense):
+        if not self.pattern.sees_all:
             mask = self._kept_visible() if rows is None and self._keeps_visible() else self._visible(rows)
         if self.valid is not None:
             valid = self.valid.reshape(self.valid.shape[0], 1, 1, -1)

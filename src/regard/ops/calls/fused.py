@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import transforms
-from ..patterns import Causal
 from . import definition
 from .call import Call
 from .definition import SCORES
@@ -38,7 +37,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = (F.pad(t, [0, max(width, q.shape[-1]) - t.shape[-1]]) for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     plain = call.bias is None and call.valid is None and call.scale > 0  # torch's kernels mask before they scale
-    causal = isinstance(call.pattern, Causal) and call.queries == call.keys and plain
+    causal = call.pattern.ordered and call.queries == call.keys and plain
     mask = None if causal else call.mask()
     bias = call.dense_bias()
     if bias is not None:
@@ -93,7 +92,7 @@ def _output(call: Call, *tensors: Tensor) -> tuple[Tensor]:
 
 def may_be_empty(call: Call) -> bool:
     """Whether a query may see no key at all: every static separable pattern shows a query at least one."""
-    return call.valid is not None or not call.pattern.static or hasattr(call.pattern, "members")
+    return call.valid is not None or not call.pattern.static or call.pattern.as_joined() is not None
 
 
 def _full(mask: Tensor | None, call: Call) -> Tensor | None:

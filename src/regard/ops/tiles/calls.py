@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..calls.call import Call
 from ..calls.definition import lse_like
-from ..patterns import Blocks, Ints, Tokens
 from ..tracing import constant_in_graphs
 from ..transforms import PLAIN_ONLY
 from .plan import TileGroup, TilePlan, tile_plan
@@ -30,7 +29,7 @@ def supports(call: Call) -> str | None:
         return "a dense bias belongs to dense attention"
     if call.dropout:
         return "no attention dropout"
-    if isinstance(call.pattern, Blocks):
+    if call.pattern.as_blocks(call.rank) is not None:
         return "no relative bias over routed blocks" if call.table is not None else None
     if not call.pattern.static:
         return f"{call.pattern!r} is routed but not in blocks"
@@ -43,9 +42,8 @@ def supports(call: Call) -> str | None:
 
 def computed_pairs(call: Call) -> int:
     """Pairs of query and key computed per batch item and head."""
-    if isinstance(call.pattern, Blocks):
-        size = math.prod(_block_sizes(call.pattern.block, call.k_grid))
-        return math.prod(call.pattern.block_grid(call.q_grid)) * size * size * call.pattern.table.shape[-1]
+    if (blocks := call.pattern.as_blocks(call.rank)) is not None:
+        return math.prod(blocks.table.shape[-2:]) * blocks.tokens**2
     pairs = _plan_pairs(*_plan_key(call))
     return call.queries * call.keys if pairs is None else pairs
 
@@ -57,15 +55,16 @@ def plan_of(call: Call) -> TilePlan | None:
 
 def gathers_single(call: Call) -> bool:
     """Whether keys are gathered for single queries."""
-    return isinstance(call.pattern, Tokens)
+    blocks = call.pattern.as_blocks(call.rank)
+    return blocks is not None and blocks.single
 
 
 def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
     """Queries and keys of the most common tile, and the number of tiles over batch and heads."""
     each = call.batch * call.heads
-    if isinstance(call.pattern, Blocks):
-        size, (number, listed) = _block_tokens(call), call.pattern.table.shape[-2:]
-        return (size, listed * size), each * number
+    if (blocks := call.pattern.as_blocks(call.rank)) is not None:
+        number, listed = blocks.table.shape[-2:]
+        return (blocks.tokens, listed * blocks.tokens), each * number
     groups = _groups(call)
     common = max(groups, key=lambda group: len(group.queries), default=None)
     if common is None:
@@ -76,17 +75,12 @@ def tiles_of(call: Call) -> tuple[tuple[int, ...], int]:
 def gathered_bytes(call: Call) -> int:
     """Bytes of the rows of q, k and v that are gathered into tiles, written and read."""
     widths = call.k.shape[-2] * (call.k.shape[-1] + call.v.shape[-1])
-    if isinstance(call.pattern, Blocks):
-        keys, queries = math.prod(call.pattern.table.shape[-2:]) * _block_tokens(call), call.queries
+    if (blocks := call.pattern.as_blocks(call.rank)) is not None:
+        keys, queries = math.prod(blocks.table.shape[-2:]) * blocks.tokens, call.queries
     else:
         groups = _groups(call)
         keys, queries = sum(g.keys.size for g in groups), sum(g.queries.size for g in groups)
     return call.q.element_size() * 2 * call.batch * (keys * widths + queries * call.heads * call.q.shape[-1])
-
-
-def _block_tokens(call: Call) -> int:
-    sizes: tuple[int, ...] = _block_sizes(call.pattern.block, call.k_grid)  # type: ignore[attr-defined]  # of routed blocks only
-    return math.prod(sizes)
 
 
 def _groups(call: Call) -> list[TileGroup]:
@@ -124,13 +118,13 @@ def _is_triangle(*key) -> bool:
 
 def arguments(call: Call) -> tuple:
     """The arguments of an operator on tiles."""
-    routed = call.pattern if isinstance(call.pattern, Blocks) else None
+    routed = call.pattern.as_blocks(call.rank)
     return (
         call.q, call.k, call.v,
         call.table.table if call.table else None,
         call.valid,
-        routed.table4() if routed else None,
-        list(_block_sizes(routed.block, call.k_grid)) if routed else [],
+        routed.table if routed else None,
+        list(routed.sizes) if routed else [],
         "" if routed else call.pattern.spec,
         call.table.pattern.spec if call.table else "",
         list(call.q_start),
@@ -138,10 +132,6 @@ def arguments(call: Call) -> tuple:
         call.scale,
         call.need_lse or call.expects_backward,
     )  # fmt: skip
-
-
-def _block_sizes(block: Ints, grid: tuple[int, ...]) -> tuple[int, ...]:
-    return block if isinstance(block, tuple) else (block,) * len(grid)
 
 
 def nothing_to_do(q: Tensor, blocks: Tensor | None) -> bool:

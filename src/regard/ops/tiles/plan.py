@@ -19,7 +19,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from ...caches import cached
-from ..patterns import Causal, Dense, Separable, disjoint_parts, parse
+from ..patterns import Dense, Separable, disjoint_parts, parse
 
 PAIR, ROW, TILE = 1.0, 15.0, 60.0
 """Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
@@ -117,7 +117,7 @@ def tile_plan(
         tile: queries per tile and axis; by default the cheapest under the cost model.
     """
     rank, pattern = len(k_grid), parse(spec)
-    if isinstance(pattern, Causal) and q_grid == k_grid and table is None and rank == 1:
+    if pattern.ordered and q_grid == k_grid and table is None and rank == 1:
         whole = tile_plan(Dense().spec, q_grid, k_grid, q_start, zeros)
         return None if whole is None else replace(whole, causal=True)
     parts = disjoint_parts(pattern, rank)

@@ -91,14 +91,15 @@ def walk_tiles(
     """
     pattern, grid = as_pattern(pattern), check_grid("grid", grid)
     k_grid = grid if k_grid is None else check_grid("k_grid", k_grid)
-    if not isinstance(pattern, Separable) or (pattern.flat and len(grid) != len(k_grid)):
+    product = pattern.as_product(len(k_grid))
+    if product is None or (pattern.flat and len(grid) != len(k_grid)):
         raise ValueError(f"expected a pattern of one window per axis, such as Neighborhood(7); got {pattern!r}")
     pattern.check(grid, k_grid)
     q_sizes, k_sizes = _sizes("q_tile", q_tile, len(grid)), _sizes("k_tile", k_tile, len(grid))
     if len(q_sizes) != len(k_sizes):
         raise ValueError(f"both tiles must be row-major or have {len(grid)} axes; got {q_sizes} and {k_sizes}")
     zeros = [pattern.zero_keys(axis, n, len(k_grid)) for axis, n in enumerate(k_grid)]
-    axes = [_axis(pattern, axis, n, k_grid[axis], len(k_grid), zeros[axis]) for axis, n in enumerate(grid)]
+    axes = [_axis(product, axis, n, k_grid[axis], len(k_grid), zeros[axis]) for axis, n in enumerate(grid)]
     padded = tuple(n + sum(z) for n, z in zip(k_grid, zeros, strict=True))
     attended = int(pattern.degree(grid, k_grid).sum())
     if len(q_sizes) == len(grid):

@@ -15,7 +15,6 @@ from torch import Tensor
 from ... import transforms
 from ...calls.call import Call
 from ...compiled import missing
-from ...patterns import Dense
 from ...tiles import calls as tile_calls
 from ...tiles.calls import (
     arguments,
@@ -58,7 +57,7 @@ class NativeBackend(Backend[Call]):
         pairs, dense = tile_calls.computed_pairs(call), call.queries * call.keys
         if tile_calls.gathers_single(call):
             each, worth = costs.SINGLE, costs.SINGLE * pairs <= dense
-        elif isinstance(call.pattern, Dense) and transforms.active():  # torch's operator knows all of them
+        elif call.pattern.sees_all and transforms.active():  # torch's operator knows all of them
             each, worth = costs.NATIVE, False
         else:
             each, worth = costs.NATIVE, pairs < dense or flop(call, pairs) >= costs.NATIVE_WORTH

@@ -28,7 +28,6 @@ from torch import Tensor
 from ...calls import definition
 from ...calls.call import Call
 from ...calls.definition import lse_like
-from ...patterns import Blocks, Separable, Tokens
 from ...tiles.calls import nothing_changes, nothing_seen, nothing_to_do
 from ...tracing import constant_in_graphs
 from ...transforms import PLAIN_ONLY
@@ -92,7 +91,7 @@ class TritonBackend(Backend[Call]):
 
     def cost(self, call: Call) -> Cost:
         walk = _walk_of(call)
-        listed = call.pattern.table.shape[-1] if isinstance(call.pattern, Blocks) else 1
+        listed = 1 if (blocks := call.pattern.as_blocks(call.rank)) is None else blocks.table.shape[-1]
         tile, tiles = (math.prod(walk.tile), math.prod(walk.box)), call.batch * call.heads * walk.programs
         return cost_of(call, walk.computed_pairs * listed, 0, tile, tiles)
 
@@ -124,11 +123,13 @@ def _problem(call: Call) -> str | None:
 
 
 def _pattern_problem(call: Call) -> str | None:
-    if isinstance(call.pattern, Tokens) or not isinstance(call.pattern, (Blocks, Separable)):
+    blocks = call.pattern.as_blocks(call.rank)
+    pattern = call.pattern
+    if blocks.single if blocks is not None else pattern.as_product(call.rank) is None and not pattern.ordered:
         return f"only patterns separable by axis and routed blocks; got {call.pattern!r}"
     if call.rank > 3:
         return f"only grids with 1 to 3 axes; got {call.padded_grid}"
-    if isinstance(call.pattern, Blocks):
+    if blocks is not None:
         return "no relative bias over routed blocks" if call.table is not None else None
     return _no_classes(*_key(call))
 
@@ -164,13 +165,13 @@ def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
-    routed = call.pattern if isinstance(call.pattern, Blocks) else None
+    routed = call.pattern.as_blocks(call.rank)
     out, lse = triton_attention(
         call.q, call.k, call.v,
         call.table.table if call.table else None,
         call.valid,
-        routed.table4() if routed else None,
-        list(_block(routed, call.rank)) if routed else [],
+        routed.table if routed else None,
+        list(routed.sizes) if routed else [],
         "" if routed else call.pattern.spec,
         call.table.pattern.spec if call.table else "",
         list(call.q_start),
@@ -182,13 +183,9 @@ def _run(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def _walk_of(call: Call) -> Walk:
-    block = _block(call.pattern, call.rank) if isinstance(call.pattern, Blocks) else ()
+    blocks = call.pattern.as_blocks(call.rank)
     width = max(call.q.shape[-1], call.v.shape[-1])
-    return _walk("forward", _key(call), block, call.valid is not None, width, call.q.element_size())
-
-
-def _block(pattern: Blocks, rank: int) -> tuple[int, ...]:
-    return pattern.block if isinstance(pattern.block, tuple) else (pattern.block,) * rank
+    return _walk("forward", _key(call), blocks.sizes if blocks else (), call.valid is not None, width, call.q.element_size())
 
 
 def _walk(name: str, key: tuple, block: tuple[int, ...], masked: bool, width: int, bytes_each: int) -> Walk:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ....caches import cached
-from ...patterns import Causal, Separable, parse
+from ...patterns import Separable, parse
 
 HEADER, FIELDS, RANK = 32, 9, 3
 """Scalars at the head of the tables, fields of a tile, and axes: grids of fewer axes get leading ones."""
@@ -114,10 +114,9 @@ def classes_of(
         zeros: zero keys before and after each axis of the key grid.
         table: text form of the bias table's pattern and the table's sizes.
     """
-    pattern, rank = parse(spec), len(k_grid)
-    if not isinstance(pattern, Separable):
-        return f"{pattern!r} is not separable by axis"
-    if isinstance(pattern, Causal) and rank > 1:
+    rank = len(k_grid)
+    pattern = parse(spec).as_product(rank)
+    if pattern is None:
         return f"raster order is no product of axes; got a grid {k_grid} that a bias table keeps"
     if rank > RANK:
         return f"only grids with 1 to {RANK} axes; got {k_grid}"
