@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from ...caches import Cache
 from .. import transforms
 from ..patterns import Pattern, grid_positions
+from .geometry import Geometry
 from .source import TableBias
 
 KEPT_PAIRS, KEPT_MASKS = 1 << 22, 32
@@ -66,6 +70,20 @@ class Call:
     def k_grid(self) -> tuple[int, ...]:
         """The true key grid."""
         return tuple(n - before - after for n, (before, after) in zip(self.padded_grid, self.zeros, strict=True))
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the tiles of a static pattern depend on, plain numbers: a compiled graph is specialised to its grid."""
+        return self._made_geometry() if torch.compiler.is_compiling() else self._kept_geometry
+
+    @cached_property
+    def _kept_geometry(self) -> Geometry:
+        return self._made_geometry()
+
+    def _made_geometry(self) -> Geometry:
+        table = None if self.table is None else (self.table.pattern.spec, _ints(self.table.table.shape[1:]))
+        grids = _ints(self.q_grid), _ints(self.k_grid), _ints(self.q_start)
+        return Geometry(self.pattern.spec, *grids, tuple((int(a), int(b)) for a, b in self.zeros), table)
 
     @property
     def queries(self) -> int:
@@ -140,3 +158,7 @@ class Call:
             steps = self.table.pattern.offset(axis, q_pos[..., axis], k_pos[..., axis], self.k_grid[axis], self.rank)
             index = index * size + steps.clamp(-extent, extent) + extent  # out of range only where invisible
         return self.table.table.flatten(1)[:, index][None]
+
+
+def _ints(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(operator.index(n) for n in sizes)

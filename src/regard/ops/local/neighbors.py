@@ -26,6 +26,7 @@ from torch import Tensor
 from ...caches import cached
 from ...checks import check_grid, check_tensor, check_tensors
 from ...counted import register_flop_formula
+from ..calls.geometry import Geometry
 from ..patterns import Pattern, Separable, as_pattern, parse
 from ..tiles.chunks import BUFFER, Rows
 from ..tiles.plan import TileGroup, TilePlan, tile_plan
@@ -150,7 +151,7 @@ class Taps:
 
 
 def _plan(spec: str, grid: tuple[int, ...]) -> TilePlan:
-    plan = tile_plan(spec, grid, grid, (0,) * len(grid), ((0, 0),) * len(grid))
+    plan = tile_plan(Geometry.on(spec, grid))
     assert plan is not None  # the pattern is separable
     return plan
 
