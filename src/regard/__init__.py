@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models import create_model, list_models, load_checkpoint
     from .ops import Source, attend, merge, patterns
     from .ops.attention.planning import backends, plan
+    from .ops.linear.plan import plan_linear
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "patterns",
     "plan",
+    "plan_linear",
 ]
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "merge": "ops",
     "patterns": "ops",
     "plan": "ops.attention.planning",
+    "plan_linear": "ops.linear.plan",
     "Source": "ops",
 }
 _ROOMS = ("bench", "compat", "data", "layers", "lens", "losses", "models", "ops", "train")

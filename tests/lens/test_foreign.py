@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regard.lens import capture, image_map, relevance, rollout
 from regard.hosts.transformers import INTERFACE
 from regard.hosts.windows import window_index
+from regard.lens import capture, image_map, relevance, rollout
 
 
 def joined(maps, name):

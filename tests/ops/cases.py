@@ -11,10 +11,10 @@ from torch import Tensor
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.backends.native import backend as native
 from regard.ops.calls.source import HeadTable
+from regard.ops.compiled import missing
 
-FASTEST = "native" if native.available() is None else "tiled"
+FASTEST = "native" if missing() is None else "tiled"
 """The backend on tiles that is chosen on a CPU, for float32 and below."""
 
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from regard import attend, clear_caches
 from regard.ops import patterns as P
-from regard.ops.backends import dense, tiled
+from regard.ops.backends import tiled
+from regard.ops.calls import fused
 from regard.ops.calls.source import HeadTable
 from regard.ops.tiles import chunks as tiles
 from regard.ops.tiles import products as tile_attention
@@ -103,7 +104,7 @@ def test_scores_are_held_for_some_queries_at_a_time(case, lse_gradient, scores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_attention, "_FUSED", None)
         patch.setattr(tile_attention, "SCORES", scores)
-        patch.setattr(dense, "SCORES", scores)
+        patch.setattr(fused, "SCORES", scores)
         for backend in EXACT:
             if claims(case, backend):
                 assert_equal(results(case, backend, torch.float64, lse_gradient), expected, 1e-11)
@@ -115,7 +116,7 @@ def test_no_tensor_of_all_pairs_exists_where_the_lse_is_needed(backend, pattern,
     limit, tokens = 2 * 64 * 256, 256
     monkeypatch.setattr(tile_attention, "_FUSED", None)
     monkeypatch.setattr(tile_attention, "SCORES", limit)
-    monkeypatch.setattr(dense, "SCORES", limit)
+    monkeypatch.setattr(fused, "SCORES", limit)
     q, k, v = (torch.randn(1, tokens, 2, 8, requires_grad=True) for _ in range(3))
     largest = 0
 

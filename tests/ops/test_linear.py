@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from regard.bench import count
 from regard.lens import capture
-from regard.ops.linear import attend as linear
 from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import naive
 from regard.ops.linear import spans as linear_spans
 from regard.ops.linear.attend import LinearState, linear_attend, linear_weights
 from regard.ops.linear.features import CosineFeatures, RandomFeatures
@@ -303,7 +303,7 @@ def test_weights_are_the_same_in_pieces(monkeypatch, norm):
     state = LinearState(random(2, 2, 3, 4), random(2, 2, 3).abs(), torch.tensor([3.0, 5.0], dtype=torch.float64))
     options = {"feature": "elu_plus_one", "norm": norm, "causal": True, "log_decay": decay_of("token", q), "state": state}
     whole = linear_weights(q, k, **options)
-    monkeypatch.setattr(linear, "WEIGHTS", 3 * 2 * 2 * 13)  # three rows at a time
+    monkeypatch.setattr(naive, "WEIGHTS", 3 * 2 * 2 * 13)  # three rows at a time
     close([linear_weights(q, k, **options)], [whole])
     some = torch.tensor([12, 0, 5, 5, 7])
     close([linear_weights(q, k, rows=some, **options)], [whole[:, :, some]])

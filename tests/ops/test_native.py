@@ -15,14 +15,14 @@ from torch import Tensor
 
 from regard import Source, attend
 from regard.ops import patterns as P
-from regard.ops.backends.native import attention, backend
+from regard.ops.backends.native import attention
 from regard.ops.backends.native import tables as tiles
 from regard.ops.calls.source import HeadTable
-from regard.ops.compiled import library
+from regard.ops.compiled import library, missing
 
 from .cases import Case, assert_equal, results
 
-pytestmark = pytest.mark.skipif(backend.available() is not None, reason=f"no compiled kernels: {backend.available()}")
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
 
 
 def equals_definition(

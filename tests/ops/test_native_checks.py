@@ -13,10 +13,12 @@ from regard.ops.backends import tiled
 from regard.ops.backends.native import attention
 from regard.ops.backends.native import backend as native
 from regard.ops.backends.native.attention import TileSet
+from regard.ops.calls.geometry import Geometry
+from regard.ops.compiled import missing
 from regard.ops.linear import native as linear
 from regard.ops.tiles.plan import tile_plan
 
-COMPILED = pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")
+COMPILED = pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
 FAST = [pytest.param("native", marks=COMPILED), "tiled"]
 
 
@@ -49,7 +51,7 @@ def test_unions_with_tiles_that_are_one_wide_equal_the_definition(grid, pattern,
 @pytest.mark.parametrize("spec", ["grid(2)|window(2)", "window(2)|grid(3)|neighborhood(1)", "axis(0)|window(1)"])
 @pytest.mark.parametrize("grid", [(5, 5), (1, 4), (7, 1)])
 def test_masks_are_of_all_pairs(spec, grid):
-    plan = tile_plan(spec, grid, grid, (0, 0), ((0, 0), (0, 0)))
+    plan = tile_plan(Geometry.on(spec, grid))
     assert plan is not None
     for part in plan.parts:
         queries = torch.cat([torch.from_numpy(group.queries).flatten() for group in part])

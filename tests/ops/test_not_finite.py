@@ -11,13 +11,11 @@ from torch import Tensor
 
 from regard import attend
 from regard.ops import patterns as P
-from regard.ops.backends.native import backend as native
 from regard.ops.calls.source import HeadTable
+from regard.ops.compiled import missing
 from regard.ops.linear.attend import linear_attend
 
-NATIVE = pytest.param(
-    "native", marks=pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")
-)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}"))
 VALUES = [torch.nan, torch.inf, -torch.inf]
 
 PATTERNS = [
@@ -135,7 +133,7 @@ def test_a_bias_that_is_not_finite_reaches_the_pairs_of_its_offset_alone(value, 
         assert left.isfinite().equal(right.isfinite()), name
 
 
-@pytest.mark.skipif(native.available() is not None, reason=f"no compiled kernels: {native.available()}")
+@pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("where", ["k", "v", "kv"])
 @pytest.mark.parametrize("decays", [False, True])

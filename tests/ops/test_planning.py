@@ -17,6 +17,7 @@ from regard import attend
 from regard.ops import patterns as P
 from regard.ops.attention.planning import Plan
 from regard.ops.backends.choice import BACKENDS
+from regard.ops.calls.geometry import Geometry
 from regard.ops.tiles.plan import tile_plan
 
 from . import naive
@@ -59,7 +60,7 @@ def test_flops_of_tiles_equal_those_torch_counts(case):
 
 def test_computed_pairs_of_tiles_are_all_visited_once():
     """A tile computes queries times keys: counted from the index tables of the plan."""
-    plan = tile_plan("Neighborhood(5)", (9, 8), (9, 8), (0, 0), ((0, 0), (0, 0)))
+    plan = tile_plan(Geometry.on("Neighborhood(5)", (9, 8)))
     visited = torch.zeros(72, 72, dtype=torch.long)
     for part in plan.parts:
         for group in part:
@@ -77,7 +78,7 @@ def test_the_plan_names_the_backend_that_runs(case):
     case.valid = False
     chosen = plan_of(case).backend.split(" + ")
     ran: set[str] = set()
-    originals = {name: module.run for name, module in BACKENDS.items()}
+    originals = {name: backend.run for name, backend in BACKENDS.items()}
 
     def spy(name):
         def run(call):
@@ -87,8 +88,8 @@ def test_the_plan_names_the_backend_that_runs(case):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in BACKENDS.items():
-            patch.setattr(module, "run", spy(name))
+        for name, backend in BACKENDS.items():
+            patch.setattr(backend, "run", spy(name))
         case.sink = None
         with torch.no_grad():
             case.run(case.tensors(torch.float32), "auto", return_lse=False)
@@ -145,7 +146,7 @@ def test_classes_of_tiles_say_what_the_pattern_says_of_each_pair(case, other):
     zeros = tuple(case.pattern.zero_keys(axis, n, rank) for axis, n in enumerate(case.grid))
     biased = P.Neighborhood(3, 2) if other else case.pattern
     sizes = tuple(2 * biased.extent(axis, n, rank) + 1 for axis, n in enumerate(case.grid))
-    plan = tile_plan(case.pattern.spec, case.grid, case.grid, (0,) * rank, zeros, (biased.spec, sizes))
+    plan = tile_plan(Geometry.on(case.pattern.spec, case.grid)._replace(table=(biased.spec, sizes)))
     if plan is None or plan.causal:
         return
     padded = [n + sum(pair) for n, pair in zip(case.grid, zeros, strict=True)]

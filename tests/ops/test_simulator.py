@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import regard
 from regard.ops import patterns as P
 from regard.ops.backends import flex
+from regard.ops.calls.geometry import Geometry
 from regard.ops.calls.lower import break_up
 from regard.ops.calls.source import Source
 from regard.ops.tiles.plan import tile_plan
@@ -121,7 +122,7 @@ def test_row_major_tiles_are_the_blocks_flex_visits(pattern, grid):
 ])  # fmt: skip
 def test_the_tiled_backend_computes_what_the_slowest_query_tile_needs(spec, grid, tile):
     """It gathers single keys, and pads the tiles of one shape to the widest of them: key tiles of one token, worst bound."""
-    made = tile_plan(spec, grid, grid, (0,) * len(grid), ((0, 0),) * len(grid), None, tile)
+    made = tile_plan(Geometry.on(spec, grid), tile)
     walk = walk_tiles(spec, grid, tile, (1,) * len(grid))
     visits = {len(keys) for part in made.parts for group in part for keys in group.keys}
     assert visits == {walk.most}

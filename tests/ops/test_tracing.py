@@ -11,6 +11,7 @@ from regard.layers.positions import OffsetBias
 from regard.ops import patterns as P
 from regard.ops.backends import tiled
 from regard.ops.backends.native import backend as native
+from regard.ops.compiled import missing
 
 STATIC = (
     "dense", "causal", "window(4)", "window(3, shift=1)", "neighborhood(3)", "neighborhood(5, dilation=2, stride=2)",
@@ -143,7 +144,7 @@ def test_exported_program_takes_routed_blocks():
     close([program.module()(*inputs)], [Routed()(*inputs)])
 
 
-OPERATORS = [tiled.tiled_attention] + ([native.native_attention] if native.available() is None else [])
+OPERATORS = [tiled.tiled_attention] + ([native.native_attention] if missing() is None else [])
 SAMPLES = {
     "neighborhood": {"spec": "Neighborhood(3)"},
     "window with bias": {"spec": "Window(4)", "table": (2, 7, 7), "bias_spec": "Window(4)"},

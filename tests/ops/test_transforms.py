@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 import regard
 from regard import attend
 from regard import patterns as P
-from regard.ops.backends.native import backend as native
 from regard.ops.calls.source import HeadTable
+from regard.ops.compiled import missing
 from regard.ops.linear.attend import LinearState, linear_attend
 from regard.ops.local.deform import sample_points
 from regard.ops.local.neighbors import neighbor_scores, neighbor_sum
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 BLOCKS = P.Blocks(torch.tensor([[[0, 1], [1, -1], [2, 3], [3, 0]]]), (2, 2))
 PATTERNS = ["window(2)", "neighborhood(3)", "axis(0) | axis(1)", "causal", "dense", BLOCKS]
-FUSED = ["tiled"] + ["native"] * (native.available() is None)
+FUSED = ["tiled"] + ["native"] * (missing() is None)
 RIGHT = "auto", "reference", "dense"
 
 

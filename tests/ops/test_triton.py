@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from regard import Source, attend, plan
 from regard.ops import patterns as P
 from regard.ops.backends.triton import backend, boxes
+from regard.ops.calls.geometry import Geometry
 
 from .cases import Case, assert_equal, cases, results, static
 from .interpreted import HERE, TRITON, run_interpreted
@@ -155,7 +156,7 @@ def test_descriptors_serve_what_they_can_on_the_device(changes, described, launc
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 def test_descriptors_do_not_read_past_the_keys_of_a_tile_on_the_device(poison, launched, monkeypatch):
     """What stands beside the keys of a tile in the same box is never multiplied, not even by zero."""
-    monkeypatch.setattr(backend.reference, "guarded", lambda call: (call, False))  # it would keep such values from the kernel
+    monkeypatch.setattr(backend.definition, "guarded", lambda call: (call, False))  # it would keep such values from the kernel
     q, k, v = (torch.randn(1, 36, 1, 16) for _ in range(3))
     expected = attend(q[:, :12], k[:, :12], v[:, :12], "window(12)", backend="reference")
     v[:, 12:] = poison
@@ -280,12 +281,6 @@ def test_boxes_are_walked_once_on_the_device(number, begin, full):
 # the tables, by numpy alone
 
 
-def key_of(case: Case) -> tuple:
-    rank = len(case.grid)
-    zeros = tuple(case.pattern.zero_keys(axis, n, rank) for axis, n in enumerate(case.grid))
-    return case.pattern.spec, case.grid, case.grid, (0,) * rank, zeros, None
-
-
 def unpacked(walk: boxes.Walk) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     numbers = np.frombuffer(walk.tables, dtype=np.int32)
     header, slots = numbers[: boxes.HEADER], int(numbers[16])
@@ -298,16 +293,16 @@ def unpacked(walk: boxes.Walk) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]
 @settings(max_examples=60)
 def test_boxes_hold_every_visible_pair_once_and_full_ones_nothing_else(case):
     """Walked in Python by both passes, boxes give back the pattern's own mask."""
-    if isinstance(case.pattern, P.PerHead) or isinstance(boxes.classes_of(*key_of(case)), str):
+    if isinstance(case.pattern, P.PerHead) or isinstance(boxes.classes_of(Geometry.on(case.pattern.spec, case.grid)), str):
         return
-    key = key_of(case)
+    geometry = Geometry.on(case.pattern.spec, case.grid)
     sizes = [(n, m, 4) for n, m in ((2, 2), (4, 8), (8, 4))]
-    rank, padded = len(case.grid), [n + sum(z) for n, z in zip(case.grid, key[4], strict=True)]
-    positions = [P.grid_positions(case.grid), P.grid_positions(padded, [-before for before, _ in key[4]])]
+    rank = len(case.grid)
+    positions = [P.grid_positions(case.grid), P.grid_positions(geometry.padded, [-before for before, _ in geometry.zeros])]
     expected = case.pattern.visible(positions[0][:, None], positions[1][None], case.grid, case.grid).numpy()
-    axes = boxes.classes_of(*key)
+    axes = boxes.classes_of(geometry)
     for by_key in (False, True):
-        walk = boxes.window_walk(key, tuple(sizes), by_key, False)
+        walk = boxes.window_walk(geometry, tuple(sizes), by_key, False)
         _, _, tables = unpacked(walk)
         mask = np.ones((1, 1), dtype=bool)
         counted = np.ones((1, 1), dtype=int)
@@ -335,10 +330,10 @@ def test_boxes_hold_every_visible_pair_once_and_full_ones_nothing_else(case):
 @given(static(2))
 @settings(max_examples=40)
 def test_walks_count_their_boxes(pattern):
-    key = (pattern.spec, (9, 10), (9, 10), (0, 0), tuple(pattern.zero_keys(a, n, 2) for a, n in enumerate((9, 10))), None)
-    if isinstance(boxes.classes_of(*key), str):
+    geometry = Geometry.on(pattern.spec, (9, 10))
+    if isinstance(boxes.classes_of(geometry), str):
         return
-    walk = boxes.window_walk(key, ((4, 4, 4),), False, False)
+    walk = boxes.window_walk(geometry, ((4, 4, 4),), False, False)
     _, _, tables = unpacked(walk)
     of_tile = [np.multiply.outer(np.multiply.outer(*(t[field] for t in tables[:2])), tables[2][field]) for field in (5, 7)]
     assert (walk.boxes, walk.full) == tuple(int(n.sum()) for n in of_tile)

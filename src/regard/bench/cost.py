@@ -25,7 +25,7 @@ from ..hosts.running import Trail
 from ..ops.calls.call import Call
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening
 from ..ops.calls.source import Source
-from ..ops.patterns import Blocks, as_pattern, tensors_of
+from ..ops.patterns import as_pattern, tensors_of
 
 CHUNK = 1 << 24
 """Entries of a mask that are counted at once."""
@@ -35,8 +35,8 @@ def visible_pairs(call: Call) -> int:
     """Visible pairs of a query and a true key in a call, over all heads and batch items."""
     if call.valid is not None:
         return _counted_pairs(call)
-    if isinstance(call.pattern, Blocks) and call.pattern.table.is_meta:
-        return call.batch * call.heads * call.pattern.even_pairs(call.q_grid, call.k_grid)
+    if (pairs := call.pattern.pairs_by_size(call.q_grid, call.k_grid)) is not None:
+        return call.batch * call.heads * pairs
     degree = call.pattern.degree(call.q_grid, call.k_grid, call.q_start)
     lead = degree.shape[: degree.ndim - call.rank]
     return int(degree.sum()) * (call.batch * call.heads // math.prod(lead))

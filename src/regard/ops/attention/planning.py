@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ...checks import LARGEST, check_device, check_dtype, check_flag, check_grid, check_integer, shown
-from ..backends import flex
-from ..backends.choice import BACKENDS, choose, others
-from ..backends.triton import backend as triton
+from ..backends.base import choose, others
+from ..backends.choice import BACKENDS
 from ..calls.call import Call
 from ..calls.lower import break_up
 from ..calls.source import HeadTable, Source
-from ..patterns import Blocks, Pattern, as_pattern
-from ..tiles import calls as tile_calls
-from ..tiles.plan import TileGroup
+from ..patterns import Pattern, as_pattern
 from ..tiles.simulator import Tile, TileWalk, walk_tiles
 
 MOST_TOKENS = 1 << 24
@@ -205,84 +202,32 @@ def _grid(name: str, value: Sequence[int]) -> tuple[int, ...]:
 
 def _planned(call: Call, backend: str = "auto") -> Plan:
     """The plan of one call whose queries start at the origin."""
-    choice = choose(call, backend)
-    module = BACKENDS[choice.backend]
-    each = call.batch * call.heads
-    dense_pairs = each * call.queries * math.prod(call.k_grid)
-    computed = each * (module.computed_pairs(call) if hasattr(module, "computed_pairs") else call.queries * call.keys)
+    chosen = choose(BACKENDS, call, backend)
+    cost, each = chosen.cost(call), call.batch * call.heads
     degree = call.pattern.degree(call.q_grid, call.k_grid)
     attended = int(degree.sum()) * each // (degree.numel() // call.queries)
     widths = call.q.shape[-1] + call.v.shape[-1]
-    tile, tiles = _tiles(call, choice.backend)
     return Plan(
         pattern=repr(call.pattern),
         q_grid=call.q_grid,
         k_grid=call.k_grid,
-        backend=choice.backend,
-        reason=choice.reason,
-        others=others(call, choice.backend),
-        tile=tile,
-        tiles=tiles,
+        backend=chosen.name,
+        reason="asked for" if backend != "auto" else chosen.reason(call),
+        others=others(BACKENDS, call, chosen),
+        tile=cost.tile,
+        tiles=cost.tiles,
         attended_pairs=attended,
-        computed_pairs=computed,
-        dense_pairs=dense_pairs,
-        flops=2 * computed * widths,
+        computed_pairs=cost.computed_pairs,
+        dense_pairs=each * call.queries * math.prod(call.k_grid),
+        flops=cost.flops,
         useful_flops=2 * attended * widths,
-        bytes=_bytes(call, choice.backend),
+        bytes=cost.bytes,
     )
 
 
 def backends() -> dict[str, str | None]:
     """The backends of ``attend``: None where one is available here, else the reason why not."""
-    return {name: module.available() if hasattr(module, "available") else None for name, module in BACKENDS.items()}
-
-
-def _tiles(call: Call, backend: str) -> tuple[tuple[int, ...], int]:
-    """Queries and keys of the most common tile, and the number of tiles over batch and heads."""
-    each = call.batch * call.heads
-    if backend == "flex":
-        return (flex.BLOCK, flex.BLOCK), each * flex.computed_pairs(call) // flex.BLOCK**2
-    if backend == "triton":
-        return triton.tiles(call)
-    if backend not in ("tiled", "native"):
-        return (), 0
-    if isinstance(call.pattern, Blocks):
-        number, listed = call.pattern.table.shape[-2:]
-        return (_block(call), listed * _block(call)), each * number
-    groups = _groups(call)
-    common = max(groups, key=lambda group: len(group.queries), default=None)
-    if common is None:
-        return (), 0
-    return (common.queries.shape[1], common.keys.shape[1]), each * sum(len(g.queries) for g in groups)
-
-
-def _block(call: Call) -> int:
-    block = call.pattern.block  # type: ignore[attr-defined]  # of routed blocks only
-    return math.prod(block) if isinstance(block, tuple) else block**call.rank
-
-
-def _groups(call: Call) -> list[TileGroup]:
-    plan = tile_calls.plan_of(call)
-    return [group for part in plan.parts for group in part] if plan else []
-
-
-def _bytes(call: Call, backend: str) -> int:
-    size = call.q.element_size()
-    operands = call.q.numel() + call.k.numel() + call.v.numel() + call.batch * call.queries * call.heads * call.v.shape[-1]
-    if backend == "reference" or (backend == "dense" and call.need_lse):  # logits and weights, written and read
-        return size * operands + 4 * 4 * call.batch * call.heads * call.queries * call.keys
-    if backend == "dense":  # the mask
-        return size * operands + (call.queries * call.keys if call.pattern.spec != "Dense()" else 0)
-    if backend == "tiled":  # the gathered rows of q, k and v, written and read
-        widths = call.k.shape[-2] * (call.k.shape[-1] + call.v.shape[-1])
-        if isinstance(call.pattern, Blocks):
-            keys, queries = math.prod(call.pattern.table.shape[-2:]) * _block(call), call.queries
-        else:
-            groups = _groups(call)
-            keys, queries = sum(g.keys.size for g in groups), sum(g.queries.size for g in groups)
-        gathered = keys * widths + queries * call.heads * call.q.shape[-1]
-        return size * (operands + 2 * call.batch * gathered)
-    return size * operands
+    return {name: backend.available() for name, backend in BACKENDS.items()}
 
 
 def _joined(plans: Sequence[Plan], pattern: Pattern) -> Plan:

@@ -11,10 +11,6 @@ Cost: twice that of the attention, once with a known lse. Source: Ding et al., D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -23,7 +19,7 @@ from ..calls.definition import exactly
 from ..calls.lower import check_scale
 from ..calls.observe import WATCHERS, Weighing, parts_of
 from ..calls.source import Source
-from ..patterns import Axis, Clusters, Dense, Grid, Pattern, PerHead, Window, as_pattern
+from ..patterns import Dense, Pattern, as_pattern
 from .softmax import attend
 from .weights import CHUNK, attend_weights
 
@@ -67,10 +63,10 @@ def attend_transposed(
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     pattern = as_pattern(pattern)
-    if isinstance(pattern, PerHead) and pattern.heads != q.shape[-2]:
-        raise ValueError(f"{pattern!r} is for {pattern.heads} heads; q has {q.shape[-2]}")
+    if (groups := pattern.head_groups()) and (heads := sum(n for _, n in groups)) != q.shape[-2]:
+        raise ValueError(f"{pattern!r} is for {heads} heads; q has {q.shape[-2]}")
     q_grid, k_grid = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
-    if q_grid != k_grid and not isinstance(pattern, (Dense, Clusters)):
+    if q_grid != k_grid and not pattern.across_grids:
         raise ValueError(f"{pattern!r} sends values within one grid; got queries {q_grid}, keys {k_grid}")
     scale = check_scale(q, scale)
     check_number("dropout", dropout, 0.0, below=1.0)
@@ -91,7 +87,7 @@ def _send(
     with exactly(q.device):  # the lse is one more channel: half precision would round it
         senders = torch.cat([q.to(lse.dtype), -lse], -1)
         receivers = torch.cat([k.to(lse.dtype) * scale, torch.ones_like(k[..., :1], dtype=lse.dtype)], -1)
-        turned = transpose(pattern)
+        turned = pattern.transposed()
         y, mass = attend(
             receivers, senders, v.to(lse.dtype), turned, scale=1.0, dropout=dropout, return_lse=True, backend=backend
         )
@@ -112,36 +108,3 @@ def _weighing(q: Tensor, k: Tensor, pattern: Pattern, scale: float) -> Weighing:
 
     grids = tuple(k.shape[1:-2]), tuple(q.shape[1:-2])
     return Weighing("transposed", q.shape[0], q.shape[-2], *grids, weights, q.device)
-
-
-def transpose(pattern: Pattern) -> Pattern:
-    """The pattern under which each key sees the queries that saw it."""
-    if isinstance(pattern, Clusters) and pattern.key_labels is not None:
-        return replace(pattern, labels=pattern.key_labels, key_labels=pattern.labels)
-    if isinstance(pattern, Axis) and pattern.causal:
-        return Transposed(pattern)
-    # these are symmetric; the zero keys of a padded window send zeros, and their mass cancels
-    return pattern if isinstance(pattern, (Dense, Clusters, Window, Grid, Axis)) else Transposed(pattern)
-
-
-@dataclass(frozen=True, repr=False)
-class Transposed(Pattern):
-    """A key sees the queries that see it under ``pattern``; both on one grid. It is evaluated pair by pair, never planned."""
-
-    pattern: Pattern
-    static: ClassVar[bool] = False
-
-    def rank(self) -> int | None:
-        return self.pattern.rank()
-
-    def check(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> None:
-        self.pattern.check(k_grid, q_grid)
-
-    def visible(self, q_pos: Tensor, k_pos: Tensor, q_grid: Sequence[int], k_grid: Sequence[int]) -> Tensor:
-        return self.pattern.visible(k_pos, q_pos, k_grid, q_grid)
-
-    def reach(self, axis: int, interval: tuple[int, int], grid: Sequence[int]) -> tuple[int, int]:
-        return 0, grid[axis]
-
-    def __repr__(self) -> str:
-        return f"Transposed({self.pattern!r})"

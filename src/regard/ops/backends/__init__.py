@@ -1,5 +1,4 @@
-"""Ways to compute a call, one file each.
+"""Ways to compute a call: one class of :class:`regard.ops.backends.base.Backend` each, in a file or folder of its own.
 
-A backend has ``supports(call)``, None or the reason why not, and ``run(call)``, the output
-``(batch, *q_grid, heads, value_dim)`` and the lse ``(batch, *q_grid, heads)`` (None where it was not asked for).
+To add one, write its class and put it on the list in :mod:`regard.ops.backends.choice`.
 """

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 from ...caches import Cache, cached
 from .. import transforms
-from ..calls import definition
+from ..calls import definition, fused
 from ..calls.call import Call
-from ..patterns import Blocks, Causal, Clusters, Intersection, Pattern, Separable, Union
-from . import dense
+from ..patterns import Pattern
+from .base import Backend, Cost, cost_of
 
 BLOCK = 128
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
@@ -43,13 +43,32 @@ Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Visibility from batch item, head, query index and key index, all scalar tensors."""
 
 
-def available() -> str | None:
-    if COMPILER is None and not torch.cuda.is_available():
-        return "no C++ compiler found to compile for CPU"
-    return None
+class FlexBackend(Backend[Call]):
+    """torch's compiled attention."""
+
+    name = "flex"
+    passed_over = "compiles for seconds; runs where asked for"
+
+    def available(self) -> str | None:
+        if COMPILER is None and not torch.cuda.is_available():
+            return "no C++ compiler found to compile for CPU"
+        return None
+
+    def supports(self, call: Call) -> str | None:
+        return _problem(call)
+
+    def automatic(self, call: Call) -> bool:
+        return False
+
+    def cost(self, call: Call) -> Cost:
+        pairs = computed_pairs(call)
+        return cost_of(call, pairs, tile=(BLOCK, BLOCK), tiles=call.batch * call.heads * pairs // BLOCK**2)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return _run(call)
 
 
-def supports(call: Call) -> str | None:
+def _problem(call: Call) -> str | None:
     if torch.compiler.is_compiling():
         return "compiles by itself, not inside a compiled graph"
     if call.is_differentiated:
@@ -58,7 +77,7 @@ def supports(call: Call) -> str | None:
         return "compiles by itself, not under torch.vmap"
     if call.dropout:
         return "no attention dropout"
-    if _mask_of(call.pattern) is None:
+    if _mask_of(call.pattern, call.rank) is None:
         return f"{call.pattern!r} has no mask in terms of indices"
     head_dim, value_dim = call.q.shape[-1], call.v.shape[-1]
     if call.device.type == "cuda":
@@ -76,7 +95,7 @@ def supports(call: Call) -> str | None:
     return None if COMPILER else "no C++ compiler found to compile for CPU"
 
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
@@ -92,7 +111,7 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
         )  # fmt: skip
     out, lse = result if call.need_lse else (result, None)
     out = out.transpose(1, 2).unflatten(1, call.q_grid)
-    return dense.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
+    return fused.differentiable(call, out), None if lse is None else lse.transpose(1, 2).unflatten(1, call.q_grid)
 
 
 @cached(1)
@@ -106,16 +125,21 @@ def _compiled():
 # the pattern and the bias as functions of indices
 
 
-def _mask_of(pattern: Pattern) -> Callable[[Call, Pattern], Mask] | None:
+def _mask_of(pattern: Pattern, rank: int) -> Callable[[Call, Pattern], Mask] | None:
     """What turns a pattern into a mask function, None where nothing does."""
-    if isinstance(pattern, (Union, Intersection)):
-        return None if any(_mask_of(m) is None for m in pattern.members) else _combined
-    kinds: list[tuple[type, Callable]] = [(Causal, _raster), (Separable, _separable), (Blocks, _blocks), (Clusters, _clusters)]
-    return next((make for kind, make in kinds if isinstance(pattern, kind)), None)
+    if (joined := pattern.as_joined()) is not None:
+        return None if any(_mask_of(member, rank) is None for member in joined[0]) else _joined
+    if pattern.ordered:
+        return _raster
+    if pattern.as_product(rank) is not None:
+        return _separable
+    if pattern.as_blocks(rank) is not None:
+        return _blocks
+    return None if pattern.as_labels() is None else _labels
 
 
 def _make(call: Call, pattern: Pattern) -> Mask:
-    return _mask_of(pattern)(call, pattern)  # type: ignore[misc]  # supports() checked
+    return _mask_of(pattern, call.rank)(call, pattern)  # type: ignore[misc]  # supports() checked
 
 
 def _coordinates(index: Tensor, grid: tuple[int, ...], first: tuple[int, ...]) -> list[Tensor]:
@@ -135,7 +159,7 @@ def _key(call: Call, index: Tensor) -> list[Tensor]:
     return _coordinates(index, call.padded_grid, tuple(-before for before, _ in call.zeros))
 
 
-def _separable(call: Call, pattern: Separable) -> Mask:
+def _separable(call: Call, pattern: Any) -> Mask:
     q_grid, q_start, padded = call.q_grid, call.q_start, call.padded_grid
     first = tuple(-before for before, _ in call.zeros)
     starts, stops, steps = [], [], []
@@ -175,23 +199,21 @@ def _raster(call: Call, pattern: Pattern) -> Mask:
     return mask
 
 
-def _combined(call: Call, pattern: Pattern) -> Mask:
-    members = [_make(call, m) for m in pattern.members]  # type: ignore[attr-defined]  # a union or an intersection
-    union = isinstance(pattern, Union)
+def _joined(call: Call, pattern: Any) -> Mask:
+    patterns, operation = pattern.as_joined()
+    members = [_make(call, member) for member in patterns]
 
     def mask(b, h, q_idx, kv_idx):
         seen = members[0](b, h, q_idx, kv_idx)
         for member in members[1:]:
-            other = member(b, h, q_idx, kv_idx)
-            seen = seen | other if union else seen & other
+            seen = operation(seen, member(b, h, q_idx, kv_idx))
         return seen
 
     return mask
 
 
-def _blocks(call: Call, pattern: Blocks) -> Mask:
-    q_grid, q_start, k_grid, size = call.q_grid, call.q_start, call.k_grid, pattern.block
-    each = size if isinstance(size, tuple) else (size,) * call.rank
+def _blocks(call: Call, pattern: Any) -> Mask:
+    q_grid, q_start, k_grid, each = call.q_grid, call.q_start, call.k_grid, pattern.as_blocks(call.rank).sizes
     q_blocks, k_blocks = pattern.block_grid(q_grid), pattern.block_grid(k_grid)
     pairs = pattern.pairs(k_grid)
     batch, heads = (int(n > 1) for n in pairs.shape[:2])
@@ -209,11 +231,9 @@ def _blocks(call: Call, pattern: Blocks) -> Mask:
     return mask
 
 
-def _clusters(call: Call, pattern: Clusters) -> Mask:
-    keys = pattern.labels if pattern.key_labels is None else pattern.key_labels
-    labels = [t if t.ndim == 3 else t[:, None] for t in (pattern.labels, keys)]
-    (q_labels, k_labels), start = labels, call.q_start[0]
-    (q_batch, q_heads), (k_batch, k_heads) = ([int(n > 1) for n in t.shape[:2]] for t in labels)
+def _labels(call: Call, pattern: Any) -> Mask:
+    (q_labels, k_labels), start = pattern.as_labels(), call.q_start[0]
+    (q_batch, q_heads), (k_batch, k_heads) = ([int(n > 1) for n in t.shape[:2]] for t in (q_labels, k_labels))
 
     def mask(b, h, q_idx, kv_idx):
         return q_labels[b * q_batch, h * q_heads, q_idx + start] == k_labels[b * k_batch, h * k_heads, kv_idx]

@@ -9,29 +9,54 @@ Source: Hassani et al., arXiv:2403.04690, arXiv:2504.16922.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 
 import torch
 from torch import Tensor
 
 from .. import transforms
-from ..calls import definition
+from ..calls import definition, fused
 from ..calls.call import Call
-from ..patterns import Neighborhood
-from . import dense
+from . import costs
+from .base import Backend, Cost, cost_of
 
 INSTALLED = importlib.util.find_spec("natten") is not None
 PACKED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def available() -> str | None:
-    return None if INSTALLED else "natten is not installed"
+class NattenBackend(Backend[Call]):
+    """NATTEN's kernels."""
+
+    name = "natten"
+    passed_over = "on CPU it computes all pairs"
+
+    def available(self) -> str | None:
+        return None if INSTALLED else "natten is not installed"
+
+    def supports(self, call: Call) -> str | None:
+        return _problem(call)
+
+    def automatic(self, call: Call) -> bool:
+        return call.device.type == "cuda"
+
+    def time(self, call: Call) -> float:
+        return costs.FUSED * call.queries * math.prod(_per_axis(call)[0])
+
+    def cost(self, call: Call) -> Cost:
+        return cost_of(call, call.queries * call.keys)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return _run(call)
+
+    def reason(self, call: Call) -> str:
+        return "fused neighborhood kernel"
 
 
-def supports(call: Call) -> str | None:
-    pattern = call.pattern
-    if not isinstance(pattern, Neighborhood) or pattern.border != "shift":
-        return f"only Neighborhood with border='shift'; got {pattern!r}"
+def _problem(call: Call) -> str | None:
+    pattern = call.pattern.as_neighborhood()
+    if pattern is None or pattern.border != "shift":
+        return f"only Neighborhood with border='shift'; got {call.pattern!r}"
     if not INSTALLED:
         return "natten is not installed"
     if getattr(sys.modules.get("natten"), "computed_by", None) == "regard":
@@ -82,7 +107,7 @@ def _device_problem(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
@@ -93,11 +118,12 @@ def run(call: Call) -> tuple[Tensor, Tensor | None]:
     out, lse = (na1d, na2d, na3d)[call.rank - 1](
         *tensors, kernel_size, stride=stride, dilation=dilation, is_causal=causal, scale=call.scale, return_lse=True
     )
-    return dense.differentiable(call, out), lse.float() if call.need_lse else None
+    return fused.differentiable(call, out), lse.float() if call.need_lse else None
 
 
 def _per_axis(call: Call) -> tuple[tuple, tuple, tuple, tuple]:
     """Kernel sizes, dilations, strides and causality, one entry per axis."""
-    pattern = call.pattern
-    values = (pattern.kernel_size, pattern.dilation, pattern.stride, pattern.causal)  # type: ignore[attr-defined]  # checked
+    pattern = call.pattern.as_neighborhood()
+    assert pattern is not None  # it was checked
+    values = (pattern.kernel_size, pattern.dilation, pattern.stride, pattern.causal)
     return tuple(v if isinstance(v, tuple) else (v,) * call.rank for v in values)  # type: ignore[return-value]

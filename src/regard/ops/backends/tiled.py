@@ -25,31 +25,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls import definition
+from ..calls import definition, fused
 from ..calls.call import Call
+from ..calls.definition import lse_like
 from ..calls.heads import repeat_heads
 from ..calls.lower import saturated
 from ..calls.merging import merge
-from ..patterns import Blocks, Tokens
-from ..tiles.calls import (
-    arguments,
-    computed_pairs,
-    flops,
-    flops_backward,
-    nothing_changes,
-    nothing_seen,
-    nothing_to_do,
-    plan_from,
-    plan_of,
-)
-from ..tiles.calls import supports as supports
+from ..tiles import calls as tile_calls
+from ..tiles.calls import plan_of, planned
 from ..tiles.chunks import Chunk, Problem, Rows, pose, routed_chunks, static_chunks, to_rows
 from ..tiles.plan import TileGroup
 from ..tiles.products import attend_narrow_tiles, attend_tiles, attend_tiles_backward, narrow_products
 from ..tiles.tables import Index, tables_of
 from ..tiles.threads import run_all
-from . import dense
-from .operators import complete, lse_like
+from . import costs
+from .base import Backend, Cost, cost_of
+from .operators import Inputs, define, run, tile_flops, tile_flops_backward
 
 NARROW_KEYS = 384
 """Up to so many keys per tile, products in bfloat16 around a stored softmax beat the fused operator in float32."""
@@ -58,72 +49,65 @@ SHARED_FLOPS = 1e9
 split each operator: inside a model they still spin when a pool begins."""
 
 
-def prefers(call: Call) -> bool:
-    """Whether the tiles are expected to beat dense attention."""
-    if isinstance(call.pattern, Tokens):
-        margin = 12.0  # keys gathered for single queries are read far more often
-    else:
-        margin = 1.4 if call.device.type == "cpu" else 2.5
-    return computed_pairs(call) * margin <= call.queries * call.keys
+class TiledBackend(Backend[Call]):
+    """Tiles on torch's operators."""
+
+    name = "tiled"
+    passed_over = "no gain: most keys are visible"
+
+    def supports(self, call: Call) -> str | None:
+        return tile_calls.supports(call)
+
+    def time(self, call: Call) -> float:
+        return self._per_pair(call) * tile_calls.computed_pairs(call)
+
+    def _per_pair(self, call: Call) -> float:
+        if tile_calls.gathers_single(call):
+            return costs.SINGLE
+        return costs.TILED_CPU if call.device.type == "cpu" else costs.TILED
+
+    def cost(self, call: Call) -> Cost:
+        return cost_of(call, tile_calls.computed_pairs(call), tile_calls.gathered_bytes(call), *tile_calls.tiles_of(call))
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_exporting():
+            return _run_plain(call)
+        return run(tiled_attention, call)
+
+    def reason(self, call: Call) -> str:
+        few = self.time(call) <= costs.DENSE * call.queries * call.keys
+        return "computes far fewer pairs than dense attention" if few else "returns lse without storing the weights"
+
+    def why_not(self, call: Call, chosen: Cost) -> str:
+        return "the same tiles on torch's operators" if chosen.tile == tile_calls.tiles_of(call)[0] else self.passed_over
 
 
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
-    if torch.compiler.is_exporting():
-        return _run_plain(call)
-    out, lse = tiled_attention(*arguments(call))
-    return out, lse if call.need_lse else None
-
-
-def _parts(problem: Problem, q: Tensor, k: Tensor, block, spec, bias_spec, q_start, zeros) -> list[Iterator[Chunk]]:
+def _parts(problem: Problem, x: Inputs) -> list[Iterator[Chunk]]:
     """The chunks of each disjoint part of the pattern."""
-    q_grid, padded = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
     if problem.blocks is not None:
-        return [routed_chunks(problem, block, q_grid, padded)]
-    table = None if problem.table is None else (bias_spec, tuple(problem.table.shape[1:]))
-    plan = plan_from(spec, q_grid, padded, q_start, zeros, table)
-    return [static_chunks(problem, tables) for tables in tables_of(plan, q.device)]
+        return [routed_chunks(problem, x.block, tuple(x.q.shape[1:-2]), tuple(x.k.shape[1:-2]))]
+    return [static_chunks(problem, tables) for tables in tables_of(planned(x.geometry), x.q.device)]
 
 
-@torch.library.custom_op("regard::tiled_attention", mutates_args=())
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    valid: Tensor | None,
-    blocks: Tensor | None,
-    block: list[int],
-    spec: str,
-    bias_spec: str,
-    q_start: list[int],
-    zeros: list[int],
-    scale: float,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
-    if nothing_to_do(q, blocks):
-        return nothing_seen(q, v, need_lse)
-    work = flops(
-        *(None if t is None else t.shape for t in (q, k, v, table, valid, blocks)), block, spec, bias_spec, q_start, zeros
-    )
-    parallel = q.device.type == "cpu" and work >= SHARED_FLOPS
-    where = (block, spec, bias_spec, q_start, zeros)
+def _forward_of(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor]:
+    parallel = x.q.device.type == "cpu" and tile_flops(x.shapes()) >= SHARED_FLOPS
 
     def attempt(exact: bool, narrow: bool = False) -> tuple[Tensor, Tensor]:
         problem = pose(
-            q, k, v, table, valid, blocks, scale, narrow=narrow, parallel=parallel, multiplied=not parallel, exact=exact
-        )
-        parts = _parts(problem, q, k, *where)
+            x.q, x.k, x.v, x.table, x.valid, x.blocks, x.scale,
+            narrow=narrow, parallel=parallel, multiplied=not parallel, exact=exact,
+        )  # fmt: skip
+        parts = _parts(problem, x)
         if narrow and len(parts) == 1:
-            return _attend_narrow(problem, parts[0], q, v), q.new_empty(0, dtype=torch.float32)
+            return _attend_narrow(problem, parts[0], x.q, x.v), x.q.new_empty(0, dtype=torch.float32)
         if narrow:
             return attempt(exact)
         problem.need_lse = need_lse or len(parts) > 1
-        out, lse = _attend(problem, parts, q, v)
+        out, lse = _attend(problem, parts, x.q, x.v)
         return out, lse if need_lse else lse.new_empty(0)
 
-    with torch.autocast(q.device.type, enabled=False):
-        found = attempt(False, narrow=not need_lse and narrow_products(q))
+    with torch.autocast(x.q.device.type, enabled=False):
+        found = attempt(False, narrow=not need_lse and narrow_products(x.q))
         if _in_doubt(found[:1]):
             found = attempt(True)
         return found
@@ -209,44 +193,20 @@ def _attend_chunk(problem: Problem, chunk: Chunk) -> tuple[Tensor, Tensor]:
     return rows, lse.transpose(1, 2).reshape(-1, problem.heads)
 
 
-@torch.library.custom_op("regard::tiled_attention_backward", mutates_args=())
-def tiled_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    valid: Tensor | None,
-    blocks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    block: list[int],
-    spec: str,
-    bias_spec: str,
-    q_start: list[int],
-    zeros: list[int],
-    scale: float,
-    need_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias table (empty where not needed)."""
-    if nothing_to_do(q, blocks):
-        return nothing_changes(q, k, v, table, need_table)
-    where = (block, spec, bias_spec, q_start, zeros)
-
+def _backward_of(
+    x: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, need_table: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     def attempt(exact: bool) -> tuple[Problem, list[Tensor], Tensor | None]:
-        problem = pose(q, k, v, table, valid, blocks, scale, stored=grad_lse is not None or need_table, exact=exact)
-        parts = _parts(problem, q, k, *where)
-        return problem, *_gradients(problem, parts, grad_out, grad_lse, out, lse, need_table)
+        stored = grad_lse is not None or need_table
+        problem = pose(x.q, x.k, x.v, x.table, x.valid, x.blocks, x.scale, stored=stored, exact=exact)
+        return problem, *_gradients(problem, _parts(problem, x), grad_out, grad_lse, out, lse, need_table)
 
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(x.q.device.type, enabled=False):
         problem, (dq, dk, dv), grad_table = attempt(False)
         if _in_doubt((dq, dk, dv)):
             problem, (dq, dk, dv), grad_table = attempt(True)
-    dq, dk, dv = (problem.unfold(g, t.shape, t.dtype) for g, t in zip((dq, dk, dv), (q, k, v), strict=True))
-    if grad_table is None or table is None:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, grad_table.view(table.shape).to(table.dtype)
+    dq, dk, dv = (problem.unfold(g, t.shape, t.dtype) for g, t in zip((dq, dk, dv), (x.q, x.k, x.v), strict=True))
+    return dq, dk, dv, None if grad_table is None else grad_table.view(x.table.shape).to(x.table.dtype)
 
 
 def _gradients(
@@ -350,16 +310,18 @@ class _TableGradient:
         return self.table
 
 
-complete(tiled_attention, tiled_attention_backward, flops, flops_backward)
+tiled_attention, tiled_attention_backward = define(
+    "tiled_attention", _forward_of, _backward_of, tile_flops, tile_flops_backward
+)
 
 
 def _run_plain(call: Call) -> tuple[Tensor, Tensor | None]:
     """The same tiles in public operators that every exporter knows; the grid is a constant of the exported program."""
-    if isinstance(call.pattern, Blocks):
-        return dense.run(call)
+    if call.pattern.as_blocks(call.rank) is not None:
+        return fused.run(call)
     plan = plan_of(call)
     if plan is None or plan.causal or not plan.parts:
-        return dense.run(call)
+        return fused.run(call)
     q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
     valid = None if call.valid is None else call.valid.flatten(1)
     parts = [[_plain_group(call, group, q, k, v, valid, len(plan.parts) > 1) for group in part] for part in plan.parts]
@@ -404,7 +366,7 @@ def _plain_group(
         shape = (1, *q.shape[1:-1], k.shape[-2])
         full = bias.expand(shape).flatten(1, 2) if bias.numel() > 1 else None
         # exporters know the operator with one axis of heads, for which the tiles may stand too
-        flat = dense.fused_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=full, scale=call.scale)
+        flat = fused.fused_attention(*(t.flatten(1, 2) for t in (q, k, v)), attn_mask=full, scale=call.scale)
         out = flat.unflatten(1, q.shape[1:3])
         lse = out[..., 0]
     return out.transpose(2, 3).flatten(1, 2), lse.transpose(2, 3).flatten(1, 2)

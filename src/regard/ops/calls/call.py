@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ...caches import Cache
 from .. import transforms
-from ..patterns import Dense, Pattern, grid_positions
+from ..patterns import Pattern, grid_positions
+from .geometry import Geometry
 from .source import TableBias
 
 KEPT_PAIRS, KEPT_MASKS = 1 << 22, 32
@@ -68,6 +72,20 @@ class Call:
         return tuple(n - before - after for n, (before, after) in zip(self.padded_grid, self.zeros, strict=True))
 
     @property
+    def geometry(self) -> Geometry:
+        """What the tiles of a static pattern depend on, plain numbers: a compiled graph is specialised to its grid."""
+        return self._made_geometry() if torch.compiler.is_compiling() else self._kept_geometry
+
+    @cached_property
+    def _kept_geometry(self) -> Geometry:
+        return self._made_geometry()
+
+    def _made_geometry(self) -> Geometry:
+        table = None if self.table is None else (self.table.pattern.spec, _ints(self.table.table.shape[1:]))
+        grids = _ints(self.q_grid), _ints(self.k_grid), _ints(self.q_start)
+        return Geometry(self.pattern.spec, *grids, tuple((int(a), int(b)) for a, b in self.zeros), table)
+
+    @property
     def queries(self) -> int:
         return math.prod(self.q_grid)
 
@@ -78,6 +96,11 @@ class Call:
     @property
     def needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.carriers)
+
+    @property
+    def expects_backward(self) -> bool:
+        """Whether a backward may come, which needs the log-sum-exp."""
+        return self.needs_grad or (torch.is_grad_enabled() and transforms.active())
 
     @property
     def carriers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -98,7 +121,7 @@ class Call:
     def mask(self, rows: Tensor | None = None) -> Tensor | None:
         """Visible pairs, broadcastable to ``(batch, heads, queries, keys)``; None where all are. ``valid`` included."""
         mask = None
-        if not isinstance(self.pattern, Dense):
+        if not self.pattern.sees_all:
             mask = self._kept_visible() if rows is None and self._keeps_visible() else self._visible(rows)
         if self.valid is not None:
             valid = self.valid.reshape(self.valid.shape[0], 1, 1, -1)
@@ -135,3 +158,7 @@ class Call:
             steps = self.table.pattern.offset(axis, q_pos[..., axis], k_pos[..., axis], self.k_grid[axis], self.rank)
             index = index * size + steps.clamp(-extent, extent) + extent  # out of range only where invisible
         return self.table.table.flatten(1)[:, index][None]
+
+
+def _ints(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(operator.index(n) for n in sizes)

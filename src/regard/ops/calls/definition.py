@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import transforms
-from ..patterns import Dense
 from ..transforms import is_finite, readable
 from .call import Call
 from .heads import repeat_heads
@@ -24,12 +23,19 @@ from .source import HeadTable
 
 PAIRS = 1 << 24
 """Products of pairs that are held at once."""
+SCORES = 1 << 26
+"""Scores that are held at once."""
 
 
 def exactly(device: torch.device):
     """Without autocasting, where it is on."""
     active = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """An uninitialised log-sum-exp for queries ``(batch, *grid, heads, dim)``."""
+    return q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def logits(call: Call, rows: Tensor | None = None) -> Tensor:
@@ -53,7 +59,7 @@ def guarded(call: Call) -> tuple[Call, bool]:
     On a CPU the values are looked at. In graphs, under ``torch.vmap`` and on devices that would have to be waited for they are
     not: there keys and values that do not exist are set to 0, and those that some queries do not see must be finite.
     """
-    if isinstance(call.pattern, Dense) and call.valid is None and call.bias is None:
+    if call.pattern.sees_all and call.valid is None and call.bias is None:
         return call, False  # nothing is hidden
     if readable(call.q):
         return call, not all(is_finite(t) for t in (call.q, call.k, call.v)) or not _plain_bias(call)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import LARGEST, check_integer, check_number, check_tensor, shown
-from ..patterns import Blocks, Causal, Clusters, Dense, Pattern, PerHead, as_pattern, leaves, tensors_of
+from ..patterns import Pattern, as_pattern, leaves
 from .call import Call
 from .footprint import Footprint
 from .source import HeadTable, Source, TableBias
@@ -105,7 +105,7 @@ def join_dense(broken: list[Group], sources: Sequence[Source], need_lse: bool) -
 
 def _is_plain(group: Group) -> bool:
     call = group[0][1]
-    return len(group) == 1 and isinstance(call.pattern, Dense) and call.bias is None and call.table is None
+    return len(group) == 1 and call.pattern.sees_all and call.bias is None and call.table is None
 
 
 def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, need_lse: bool):
@@ -120,7 +120,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
     if heads is not None:
         heads = _check_heads(heads, q.shape[-2])
         q = q[..., list(heads), :]
-    q, k, v = _common_dtype(q, k, v)
+    q, k, v = common_dtype(q, k, v)
     _check_tensors(q, k, v)
     if source.footprint is not None and not isinstance(source.footprint, Footprint):
         raise TypeError(f"footprint must be a Footprint; got {shown(source.footprint)}")
@@ -135,7 +135,7 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
         if tuple(valid.shape) not in {tuple(k.shape[:-2]), (1, *k.shape[1:-2])}:
             raise ValueError(f"valid must be bool of shape {tuple(k.shape[:-2])}; got {shown(valid)}")
     start = starts(q, q_start)
-    if isinstance(pattern, Causal) and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
+    if pattern.ordered and q.ndim != k.ndim and not isinstance(q_start, int) and any(start[1:]):
         raise ValueError(f"{pattern!r} counts on grids of other ranks: q_start must be one number; got {start}")
     call = Call(
         q, k, v, pattern, scale, bias=bias, table=table, valid=valid, q_start=start, zeros=((0, 0),) * (k.ndim - 3),
@@ -143,12 +143,13 @@ def _calls_of(q: Tensor, source: Source, scale: float, q_start, dropout: float, 
     )  # fmt: skip
     if bias is not None:
         call = replace(call, bias=_check_bias(call, bias))
-    if not isinstance(pattern, PerHead):
+    groups = pattern.head_groups()
+    if groups is None:
         return [(heads, _settle(call))]
-    if pattern.heads != q.shape[-2]:
-        raise ValueError(f"{pattern!r} is for {pattern.heads} heads; q has {q.shape[-2]}")
+    if (total := sum(count for _, count in groups)) != q.shape[-2]:
+        raise ValueError(f"{pattern!r} is for {total} heads; q has {q.shape[-2]}")
     calls, first = [], 0
-    for member, count in pattern.groups:
+    for member, count in groups:
         covered = tuple(range(first, first + count))
         calls.append((tuple(heads[i] for i in covered) if heads else covered, _settle(_take_heads(call, member, first, count))))
         first += count
@@ -181,7 +182,7 @@ def _take_heads(call: Call, pattern: Pattern, first: int, count: int) -> Call:
     return replace(call, q=call.q[..., first : first + count, :], k=k, v=v, pattern=pattern, bias=bias, table=table)
 
 
-def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     kinds = {t.dtype for t in tensors}
     if len(kinds) == 1:
         return tensors
@@ -233,7 +234,7 @@ def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _settle(call: Call) -> Call:
     """Flatten grids where only the order counts, check the pattern against the grids, append zero keys."""
     pattern = call.pattern
-    if pattern.flat and call.table is None and not (isinstance(pattern, Causal) and _is_part(call)):
+    if pattern.flat and call.table is None and not (pattern.ordered and _is_part(call)):
         q, k, v = (t.flatten(1, -3) for t in (call.q, call.k, call.v))
         offset = call.q_start[0]
         if len(call.k_grid) == len(call.q_start):
@@ -249,7 +250,7 @@ def _settle(call: Call) -> Call:
     if not pattern.static:
         _check_routed(call)
     for start, queries, keys in zip(call.q_start, call.q_grid, call.k_grid, strict=True):
-        if not isinstance(pattern, (Dense, Blocks, Clusters)) and (start < 0 or pattern.place(start + queries - 1) >= keys):
+        if pattern.places_queries and (start < 0 or pattern.place(start + queries - 1) >= keys):
             raise ValueError(
                 f"{pattern!r} places queries on the key grid: q_start {call.q_start} with a query grid {call.q_grid} "
                 f"leaves the key grid {call.k_grid}"
@@ -275,8 +276,7 @@ def _check_routed(call: Call) -> None:
     if any(call.q_start):
         raise ValueError(f"{call.pattern!r} is indexed by the query grid itself: q_start must be 0; got {call.q_start}")
     for member in leaves(call.pattern):
-        for tensor in tensors_of(member):
-            batch, *heads = tensor.shape[: -2 if isinstance(member, Blocks) else -1]
+        for batch, *heads in member.batch_shapes():
             if batch not in (1, call.batch) or heads not in ([], [1], [call.heads]):
                 raise ValueError(f"{member!r} does not broadcast to a batch of {call.batch} with {call.heads} heads")
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ...checks import LARGEST, check_choice, check_flag, check_integer, check_number, check_tensor, shown
+from ..transforms import differentiated
 from .features import FeatureMap
 from .spans import ACTIVATIONS, existing, readable
 
 NORMS = ("none", "sum", "count")
+CHUNK = 64
+"""Tokens of a chunk of the causal form."""
 
 
 class LinearState(NamedTuple):
@@ -30,7 +33,7 @@ class LinearState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
+class LinearCall:
     """One linear attention on flat tokens.
 
     ``q`` and ``k`` are ``(batch, tokens, heads, dim)``: as they were given, with ``activation`` still to come, or the features
@@ -48,6 +51,32 @@ class Call:
     scale: float | Tensor
     valid: Tensor | None
     state: LinearState | None
+    v: Tensor | None = None
+    chunk: int = CHUNK
+    place: torch.device | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The values ``(batch, tokens, heads, value_dim)``."""
+        assert self.v is not None  # only who asks for weights gives none
+        return self.v
+
+    @property
+    def device(self) -> torch.device:
+        """Where it would run; the tensors may be meta tensors when planning."""
+        return self.q.device if self.place is None else self.place
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether derivatives are being taken that kernels do not have. Features have been taken already."""
+        scale = self.scale if isinstance(self.scale, Tensor) else None
+        return differentiated(self.q, self.k, self.v, self.decay, scale, *(self.state or ()))
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of q, k, v and the output."""
+        numbers = self.q.numel() + self.k.numel() + self.values.numel() + self.q.shape[:-1].numel() * self.values.shape[-1]
+        return numbers * self.q.element_size()
 
     @property
     def wide(self) -> torch.dtype:
@@ -88,9 +117,9 @@ class Call:
 def pose(
     q: Tensor, k: Tensor, v: Tensor | None, feature: str | FeatureMap, norm: str, floor: float | None, eps: float, causal: bool,
     log_decay: Tensor | None, scale: float | Tensor, valid: Tensor | None, state: LinearState | None, start: int,
-    return_state: bool = False,
-) -> Call:  # fmt: skip
-    """Check everything, apply a feature map, and flatten the grids; ``v`` is only looked at.
+    return_state: bool = False, chunk: int = CHUNK,
+) -> LinearCall:  # fmt: skip
+    """Check everything, apply a feature map, and flatten the grids.
 
     Raises:
         TypeError: another kind of thing than an argument may be.
@@ -134,7 +163,11 @@ def pose(
     decay = None if log_decay is None else _flat_decay(log_decay, q, grid)
     if state is not None:
         state = _checked_state(state, q, norm, None if v is None else v.shape[-1])
-    return Call(q, k, activation, norm, floor, eps, causal, decay, scale, valid, state)
+    check_integer("chunk", chunk, 1)
+    if chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of two; got {chunk}")
+    values = None if v is None else v.flatten(1, -3)
+    return LinearCall(q, k, activation, norm, floor, eps, causal, decay, scale, valid, state, values, chunk)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, causal: bool, decays: bool) -> None:

@@ -24,6 +24,7 @@ from ...counted import register_flop_formula
 from ..transforms import gradients
 from . import native as native_linear
 from .decays import Decay, chunk_scores, chunk_scores_backward, decays_of, entering, leaving, run_states
+from .naive import scan_definition
 from .norms import divided, inverse, steady
 from .spans import (
     ACTIVATIONS,
@@ -215,8 +216,6 @@ def _scan_autograd(ctx, grad, grad_final):
     q, k, v, decay, state, valid = ctx.saved_tensors
     need_decay = decay is not None and ctx.needs_input_grad[3]
     if torch.is_grad_enabled():  # the gradient is to be differentiated
-        from .attend import scan_definition  # which is made of this module
-
         define = partial(scan_definition, activation=ctx.static[0])
         tensors = q, k, v, decay, state, valid
         return *gradients(define, tensors, (*ctx.needs_input_grad[:5], False), (grad, grad_final)), *[None] * 3

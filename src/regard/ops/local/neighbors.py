@@ -26,6 +26,7 @@ from torch import Tensor
 from ...caches import cached
 from ...checks import check_grid, check_tensor, check_tensors
 from ...counted import register_flop_formula
+from ..calls.geometry import Geometry
 from ..patterns import Pattern, Separable, as_pattern, parse
 from ..tiles.chunks import BUFFER, Rows
 from ..tiles.plan import TileGroup, TilePlan, tile_plan
@@ -117,12 +118,13 @@ def _checked(pattern: Pattern | str, a: Tensor, b: Tensor, names: str, agree: bo
 
 def _separable(pattern: Pattern | str, grid: tuple[int, ...]) -> Separable:
     pattern = as_pattern(pattern)
-    if not isinstance(pattern, Separable) or pattern.flat:
+    product = pattern.as_product(len(grid))
+    if product is None or pattern.flat:
         raise ValueError(f"expected a pattern that is a product of windows on the axes; got {pattern!r}")
     pattern.check(grid, grid)
     if any(any(pattern.zero_keys(axis, n, len(grid))) for axis, n in enumerate(grid)):
         raise ValueError(f"expected a pattern without zero keys outside the grid; got {pattern!r}")
-    return pattern
+    return product
 
 
 def _folded(tensor: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class Taps:
 
 
 def _plan(spec: str, grid: tuple[int, ...]) -> TilePlan:
-    plan = tile_plan(spec, grid, grid, (0,) * len(grid), ((0, 0),) * len(grid))
+    plan = tile_plan(Geometry.on(spec, grid))
     assert plan is not None  # the pattern is separable
     return plan
 
@@ -157,8 +159,8 @@ def _plan(spec: str, grid: tuple[int, ...]) -> TilePlan:
 @cached(256)
 def _windows(spec: str, grid: tuple[int, ...]) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
     """First key, number of keys and step of each query, per axis."""
-    pattern = parse(spec)
-    assert isinstance(pattern, Separable)
+    pattern = parse(spec).as_product(len(grid))
+    assert pattern is not None  # it was checked
     windows = []
     for axis, n in enumerate(grid):
         start, count, step = pattern.axis_window(axis, np.arange(n), n, len(grid))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...checks import check_device, check_grid, check_sizes, shown
+
+if TYPE_CHECKING:
+    from .static import Neighborhood
 
 Ints = int | tuple[int, ...]
 
@@ -49,6 +53,23 @@ class AxisWindow(NamedTuple):
     step: Any
 
 
+class ListedBlocks(NamedTuple):
+    """Queries of a block see the keys of the blocks listed for it.
+
+    ``table`` is ``(batch, heads, query_blocks, listed)``, ``sizes`` those of a block, one per axis; ``single`` ones are single
+    tokens.
+    """
+
+    table: Tensor
+    sizes: tuple[int, ...]
+    single: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole block."""
+        return math.prod(self.sizes)
+
+
 class Pattern:
     """Which keys each query sees; a frozen value.
 
@@ -59,6 +80,14 @@ class Pattern:
     static: ClassVar[bool] = True
     flat: ClassVar[bool] = False
     """Whether only the row-major index of a token counts, so that the grids may be flattened and differ in rank."""
+    ordered: ClassVar[bool] = False
+    """Whether what is visible depends on which of two tokens comes first in raster order."""
+    sees_all: ClassVar[bool] = False
+    """Whether every query sees every key."""
+    places_queries: ClassVar[bool] = True
+    """Whether queries stand on the key grid, which they may then not leave."""
+    across_grids: ClassVar[bool] = False
+    """Whether keys can be asked for their queries on another grid, see :meth:`transposed`."""
 
     @property
     def spec(self) -> str:
@@ -89,7 +118,7 @@ class Pattern:
 
     def check_ranks(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> None:
         """Raise ``ValueError`` where the pattern needs grids of one rank and these are not."""
-        members = [pattern for pattern, _ in getattr(self, "groups", ())] or [self]
+        members = [pattern for pattern, _ in self.head_groups() or ((self, 0),)]
         if len(q_grid) != len(k_grid) and not all(member.flat for member in members):
             raise ValueError(f"{self!r} needs grids of one rank; got queries {tuple(q_grid)}, keys {tuple(k_grid)}")
 
@@ -147,6 +176,46 @@ class Pattern:
     def place(self, q: int) -> int:
         """The coordinate, on the key grid, of the key that the query at coordinate ``q`` of an axis stands on."""
         return q
+
+    # what else it may be seen as: backends ask these, none asks for a class
+
+    def as_product(self, rank: int) -> Separable | None:
+        """The pattern as a product of one window per axis of a grid with ``rank`` axes, None where it is none."""
+        return None
+
+    def as_blocks(self, rank: int) -> ListedBlocks | None:
+        """The pattern as listed blocks of a grid with ``rank`` axes, None where it is none."""
+        return None
+
+    def as_neighborhood(self) -> Neighborhood | None:
+        """The pattern as a neighborhood, None where it is none."""
+        return None
+
+    def as_labels(self) -> tuple[Tensor, Tensor] | None:
+        """Labels of queries and of keys, ``(batch, heads, tokens)``: equal ones see each other. None where there are none."""
+        return None
+
+    def as_joined(self) -> tuple[tuple[Pattern, ...], Callable[[Any, Any], Any]] | None:
+        """Patterns and the operation that joins their masks, None where it is not made of others."""
+        return None
+
+    def head_groups(self) -> tuple[tuple[Pattern, int], ...] | None:
+        """Patterns of consecutive groups of heads and how many heads each has, None where all heads share one."""
+        return None
+
+    def batch_shapes(self) -> list[tuple[int, ...]]:
+        """What the tensors of a routed pattern broadcast to: ``(batch,)`` or ``(batch, heads)`` of each."""
+        return []
+
+    def pairs_by_size(self, q_grid: Sequence[int], k_grid: Sequence[int]) -> int | None:
+        """Pairs per batch item and head where the tensors of a routed pattern have no content; None where they have."""
+        return None
+
+    def transposed(self) -> Pattern:
+        """The pattern under which each key sees the queries that saw it."""
+        from .transposed import Transposed
+
+        return Transposed(self)
 
     def __or__(self, other: Pattern) -> Pattern:
         from .combined import Union
@@ -235,6 +304,9 @@ def positional():
 
 class Separable(Pattern):
     """A pattern that is a product of one arithmetic progression per axis."""
+
+    def as_product(self, rank: int) -> Separable | None:
+        return self
 
     def axis_window(self, axis: int, q, length: int, rank: int) -> AxisWindow:
         """The keys that queries at coordinates ``q`` see on ``axis`` of a key grid with ``length`` points there."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from ...checks import check_integer, shown
 from .base import Pattern, Separable, along_axis, check_grids, fold, positional
-from .static import Causal
 
 DEEPEST = 64
 """Combinations within combinations."""
@@ -22,6 +21,8 @@ MOST_PARTS = 64
 class _Combined(Pattern):
     members: tuple[Pattern, ...]
     sign: ClassVar[str]
+    operation: ClassVar[Any]
+    """Of two masks."""
 
     def __post_init__(self):
         name = type(self).__name__
@@ -45,8 +46,14 @@ class _Combined(Pattern):
     def static(self) -> bool:  # type: ignore[override]  # a combination is as static as its members
         return all(m.static for m in self.members)
 
+    def as_joined(self):
+        return self.members, self.operation
+
     def rank(self):
         return _common_rank(self, self.members)
+
+    def visible(self, q_pos, k_pos, q_grid, k_grid):
+        return fold(self.operation, [m.visible(q_pos, k_pos, q_grid, k_grid) for m in self.members])
 
     def place(self, q):
         return max(m.place(q) for m in self.members)
@@ -93,10 +100,7 @@ class Union(_Combined):
 
     members: tuple[Pattern, ...] = positional()
     sign: ClassVar[str] = "|"
-
-    def visible(self, q_pos, k_pos, q_grid, k_grid):
-        seen = [m.visible(q_pos, k_pos, q_grid, k_grid) for m in self.members]
-        return fold(torch.logical_or, seen)
+    operation = staticmethod(torch.logical_or)
 
     def reach(self, axis, interval, grid):
         reaches = [m.reach(axis, interval, grid) for m in self.members]
@@ -109,10 +113,7 @@ class Intersection(_Combined):
 
     members: tuple[Pattern, ...] = positional()
     sign: ClassVar[str] = "&"
-
-    def visible(self, q_pos, k_pos, q_grid, k_grid):
-        seen = [m.visible(q_pos, k_pos, q_grid, k_grid) for m in self.members]
-        return fold(torch.logical_and, seen)
+    operation = staticmethod(torch.logical_and)
 
     def reach(self, axis, interval, grid):
         reaches = [m.reach(axis, interval, grid) for m in self.members]
@@ -153,6 +154,9 @@ class PerHead(Pattern):
     @property
     def heads(self) -> int:
         return sum(n for _, n in self.groups)
+
+    def head_groups(self):
+        return self.groups
 
     def rank(self):
         return _common_rank(self, [pattern for pattern, _ in self.groups])
@@ -217,10 +221,8 @@ def disjoint_parts(pattern: Pattern, rank: int) -> list[Part] | None:
 
     None for patterns that are not built from separable ones, or fall into more than ``MOST_PARTS``.
     """
-    if isinstance(pattern, Causal) and rank > 1:
-        return None
-    if isinstance(pattern, Separable):
-        return [(frozenset({Literal(pattern, True)}),) * rank]
+    if (product := pattern.as_product(rank)) is not None:
+        return [(frozenset({Literal(product, True)}),) * rank]
     if not isinstance(pattern, _Combined):
         return None
     members = [disjoint_parts(m, rank) for m in pattern.members]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ...checks import INTEGERS, check_range, check_sizes, check_tensor, shown
 from ..tracing import count_steps
-from .base import Ints, Pattern, check_grids, grid_positions, per_axis, positional
+from .base import Ints, ListedBlocks, Pattern, check_grids, grid_positions, per_axis, positional
 
 
 class _Routed(Pattern):
@@ -55,6 +55,9 @@ class Blocks(_Routed):
     table: Tensor = positional()
     block: Ints = positional()
     source: ClassVar[str] = "arXiv:2303.08810"
+    places_queries: ClassVar[bool] = False
+    single: ClassVar[bool] = False
+    """Whether keys are listed for each query by itself."""
 
     def __post_init__(self):
         object.__setattr__(self, "table", _indices("table", self.table, (3, 4), "(batch, [heads,] query_blocks, listed)"))
@@ -62,6 +65,15 @@ class Blocks(_Routed):
 
     def rank(self):
         return len(self.block) if isinstance(self.block, tuple) else None
+
+    def as_blocks(self, rank):
+        return ListedBlocks(self.table4(), tuple(per_axis(self.block, axis) for axis in range(rank)), self.single)
+
+    def batch_shapes(self):
+        return [tuple(self.table.shape[:-2])]
+
+    def pairs_by_size(self, q_grid, k_grid):
+        return self.even_pairs(q_grid, k_grid) if self.table.is_meta else None
 
     def block_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
         return tuple(count_steps(n, per_axis(self.block, axis)) for axis, n in enumerate(grid))
@@ -131,6 +143,7 @@ class Tokens(Blocks):
     block: Ints = field(default=1, init=False)
     source: ClassVar[str] = "arXiv:2303.13755"
     flat: ClassVar[bool] = True
+    single: ClassVar[bool] = True
 
     def check(self, q_grid, k_grid):
         queries = math.prod(q_grid)
@@ -163,6 +176,8 @@ class Clusters(_Routed):
     key_labels: Tensor | None = None
     source: ClassVar[str] = "arXiv:2003.05997"
     flat: ClassVar[bool] = True
+    places_queries: ClassVar[bool] = False
+    across_grids: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("labels", "key_labels"):
@@ -179,13 +194,20 @@ class Clusters(_Routed):
             if labels.shape[-1] != math.prod(grid):
                 raise ValueError(f"{labels.shape[-1]} {name} labels for a grid {tuple(grid)} of {math.prod(grid)} tokens")
 
-    def visible(self, q_pos, k_pos, q_grid, k_grid):
-        def at(labels, pos, grid):
-            labels = labels if labels.ndim == 3 else labels[:, None]
-            return labels[..., flat_block(pos, 1, tuple(grid))]
-
+    def as_labels(self):
         keys = self.labels if self.key_labels is None else self.key_labels
-        return at(self.labels, q_pos, q_grid) == at(keys, k_pos, k_grid)
+        queries, keys = (labels if labels.ndim == 3 else labels[:, None] for labels in (self.labels, keys))
+        return queries, keys
+
+    def batch_shapes(self):
+        return [tuple(labels.shape[:-1]) for labels in (self.labels, self.key_labels) if labels is not None]
+
+    def visible(self, q_pos, k_pos, q_grid, k_grid):
+        queries, keys = self.as_labels()
+        return queries[..., flat_block(q_pos, 1, tuple(q_grid))] == keys[..., flat_block(k_pos, 1, tuple(k_grid))]
+
+    def transposed(self):
+        return self if self.key_labels is None else replace(self, labels=self.key_labels, key_labels=self.labels)
 
     def __repr__(self):
         return f"Clusters(labels{tuple(self.labels.shape)})"
@@ -201,10 +223,10 @@ def _indices(name: str, value: object, ranks: tuple[int, ...], shape: str) -> Te
 
 def leaves(pattern: Pattern) -> Iterator[Pattern]:
     """The patterns that a combination is made of, however deep; the pattern itself where it is none."""
-    members = getattr(pattern, "members", None) or [member for member, _ in getattr(pattern, "groups", ())]
-    if not members:
+    joined, groups = pattern.as_joined(), pattern.head_groups()
+    if joined is None and groups is None:
         yield pattern
-    for member in members:
+    for member in joined[0] if joined else [member for member, _ in groups or ()]:
         yield from leaves(member)
 
 

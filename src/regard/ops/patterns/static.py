@@ -38,9 +38,15 @@ class Dense(Separable):
     source: ClassVar[str] = "arXiv:1706.03762"
 
     flat: ClassVar[bool] = True
+    sees_all: ClassVar[bool] = True
+    places_queries: ClassVar[bool] = False
+    across_grids: ClassVar[bool] = True
 
     def axis_window(self, axis, q, length, rank):
         return AxisWindow(q * 0, length, 1)
+
+    def transposed(self):
+        return self
 
     def visible(self, q_pos, k_pos, q_grid, k_grid):
         shape = torch.broadcast_shapes(q_pos.shape[:-1], k_pos.shape[:-1])
@@ -62,6 +68,10 @@ class Causal(Separable):
 
     source: ClassVar[str] = "arXiv:1706.03762"
     flat: ClassVar[bool] = True
+    ordered: ClassVar[bool] = True
+
+    def as_product(self, rank):
+        return self if rank == 1 else None
 
     def axis_window(self, axis, q, length, rank):
         if rank != 1:
@@ -125,6 +135,9 @@ class Window(Separable):
     def extent(self, axis, length, rank):
         return per_axis(self.size, axis) - 1
 
+    def transposed(self):
+        return self  # the zero keys of a padded window send zeros, and their mass cancels
+
 
 @dataclass(frozen=True, repr=False)
 class Neighborhood(Separable):
@@ -161,6 +174,9 @@ class Neighborhood(Separable):
                 raise ValueError(f"stride must not exceed kernel_size; got stride {stride}, kernel_size {kernel}")
             if self.border == "zero" and (stride > 1 or per_axis(self.causal, axis)):
                 raise ValueError(f"border='zero' goes with stride 1 and no causal axis; got {self!r}")
+
+    def as_neighborhood(self):
+        return self
 
     def axis_window(self, axis, q, length, rank):
         kernel, dilation = per_axis(self.kernel_size, axis), per_axis(self.dilation, axis)
@@ -294,6 +310,9 @@ class Grid(Separable):
     def extent(self, axis, length, rank):
         return per_axis(self.size, axis) - 1
 
+    def transposed(self):
+        return self
+
 
 @dataclass(frozen=True, repr=False)
 class Axis(Separable):
@@ -323,3 +342,6 @@ class Axis(Separable):
 
     def extent(self, axis, length, rank):
         return super().extent(axis, length, rank) if axis == self.axis % rank else 0
+
+    def transposed(self):
+        return super().transposed() if self.causal else self

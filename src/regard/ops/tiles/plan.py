@@ -19,7 +19,8 @@ from functools import cache, cached_property
 import numpy as np
 
 from ...caches import cached
-from ..patterns import Causal, Dense, Separable, disjoint_parts, parse
+from ..calls.geometry import Geometry
+from ..patterns import Dense, Separable, disjoint_parts
 
 PAIR, ROW, TILE = 1.0, 15.0, 60.0
 """Cost of a pair of query and key, of a gathered row and of a tile: fitted to float32 on one CPU core."""
@@ -97,47 +98,30 @@ class TilePlan:
 
 
 @cached(512)
-def tile_plan(
-    spec: str,
-    q_grid: tuple[int, ...],
-    k_grid: tuple[int, ...],
-    q_start: tuple[int, ...],
-    zeros: tuple[tuple[int, int], ...],
-    table: tuple[str, tuple[int, ...]] | None = None,
-    tile: tuple[int, ...] | None = None,
-) -> TilePlan | None:
+def tile_plan(geometry: Geometry, tile: tuple[int, ...] | None = None) -> TilePlan | None:
     """Plan the tiles of a static pattern, or None where it is not built from separable ones.
 
     Args:
-        spec: text form of the pattern.
-        q_grid, k_grid: query grid and true key grid.
-        q_start: coordinates of the first query on the key grid.
-        zeros: zero keys before and after each axis of the key grid.
-        table: text form of the bias table's pattern and the table's sizes.
+        geometry: the pattern on its grids.
         tile: queries per tile and axis; by default the cheapest under the cost model.
     """
-    rank, pattern = len(k_grid), parse(spec)
-    if isinstance(pattern, Causal) and q_grid == k_grid and table is None and rank == 1:
-        whole = tile_plan(Dense().spec, q_grid, k_grid, q_start, zeros)
+    rank, pattern = geometry.rank, geometry.pattern
+    if pattern.ordered and geometry.q_grid == geometry.k_grid and geometry.table is None and rank == 1:
+        whole = tile_plan(geometry._replace(spec=Dense().spec))
         return None if whole is None else replace(whole, causal=True)
     parts = disjoint_parts(pattern, rank)
     if parts is None:
         return None
-    bias = None if table is None else (parse(table[0]), table[1])
-    axes = [(q_grid[a], k_grid[a], q_start[a], zeros[a]) for a in range(rank)]
     chosen: list[tuple[int, ...]] = []
     plans = []
     for part in parts:
-        cuts = [_axis_cuts(part[a], a, rank, *axes[a], bias) for a in range(rank)]
+        cuts = [_axis_cuts(part[a], a, geometry) for a in range(rank)]
         size = tile or _cheapest(cuts)
         groups = [cuts[a].tiles(size[a]) for a in range(rank)]
         if all(groups):  # an axis on which nothing is visible empties the part
-            plans.append(
-                tuple(_product(combination, q_grid, k_grid, zeros, bias) for combination in itertools.product(*groups))
-            )
+            plans.append(tuple(_product(combination, geometry) for combination in itertools.product(*groups)))
             chosen.append(size)
-    padded = (n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True))
-    return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(q_grid), math.prod(padded))
+    return TilePlan(tuple(plans), chosen[0] if chosen else (), math.prod(geometry.q_grid), math.prod(geometry.padded))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,27 +135,21 @@ class AxisCuts:
     tiles: Callable[[int], list[AxisTiles]]
 
 
-def _axis_cuts(literals, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], bias) -> AxisCuts:
-    base = _narrowest(literals, axis, rank, queries, length, first)
-    position = np.arange(first, first + queries)
-    window = base.axis_window(axis, position, length, rank)
-    start, count, step = (np.broadcast_to(np.asarray(x), (queries,)).astype(np.int64) for x in window)
-    step_size = int(step[0])
+def _axis_cuts(literals, axis: int, geometry: Geometry) -> AxisCuts:
+    classes = geometry.axis(axis, _narrowest(literals, axis, geometry), padded=False)
 
     @cache
     def cut(size: int) -> list[list[tuple[np.ndarray, int, int, int, bool]]]:
         """Groups of tiles: query indices, first key, past the last key, residue, whether all queries see the same keys."""
         tiles = []
-        for residue in np.unique(start % step_size):
-            members = np.nonzero(start % step_size == residue)[0]
-            low = (start[members] - residue) // step_size
-            high = low + count[members]
+        for residue, members in classes.members():
+            low, high = classes.low[members], classes.high[members]
             chunks = _split(low, high, size)
             firsts = [chunk[0] for chunk in chunks]
             begins, ends = np.minimum.reduceat(low, firsts), np.maximum.reduceat(high, firsts)
             even = (begins == np.maximum.reduceat(low, firsts)) & (ends == np.minimum.reduceat(high, firsts))
             for chunk, begin, end, same in zip(chunks, begins.tolist(), ends.tolist(), even.tolist(), strict=True):
-                tiles.append((members[chunk], begin, end, int(residue), same))
+                tiles.append((members[chunk], begin, end, residue, same))
         ragged = _ragged(tiles)
         groups: dict[tuple[int, int], list] = {}
         for tile in tiles:
@@ -187,7 +165,7 @@ def _axis_cuts(literals, axis: int, rank: int, queries: int, length: int, first:
         for some in cut(size):
             spans = {high - low for _, low, high, *_ in some}
             full = len(literals) == 1 and len(spans) == 1 and all(even for *_, even in some)
-            groups.append(_axis_tiles(some, step_size, full, literals, axis, rank, length, first, zeros, bias))
+            groups.append(_axis_tiles(some, classes.step, full, literals, axis, geometry))
         return groups if any(group.mask.any() for group in groups) else []
 
     return AxisCuts(shapes, build)
@@ -198,9 +176,9 @@ def _ragged(tiles) -> bool:
     return max(spans) > 2 * max(min(spans), 1)
 
 
-def _narrowest(literals, axis: int, rank: int, queries: int, length: int, first: int) -> Separable:
+def _narrowest(literals, axis: int, geometry: Geometry) -> Separable:
     """The positive condition with the fewest keys: tiles follow its windows."""
-    position = np.arange(first, first + queries)
+    position, length, rank = geometry.positions(axis), geometry.k_grid[axis], geometry.rank
     best, fewest = Dense(), math.inf
     for literal in sorted(literals, key=repr):
         if literal.positive:
@@ -227,11 +205,9 @@ def _split(low: np.ndarray, high: np.ndarray, size: int) -> list[np.ndarray]:
     return [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _axis_tiles(
-    tiles, step: int, full: bool, literals, axis: int, rank: int, length: int, first: int, zeros, bias
-) -> AxisTiles:
+def _axis_tiles(tiles, step: int, full: bool, literals, axis: int, geometry: Geometry) -> AxisTiles:
     """Tiles of one number of queries; ``full`` says that every query sees all keys of its tile."""
-    before, after = zeros
+    (before, after), length, rank, bias = geometry.zeros[axis], geometry.k_grid[axis], geometry.rank, geometry.bias
     queries = np.stack([members for members, *_ in tiles])
     width = max(high - low for _, low, high, *_ in tiles)
     residue = np.array([r for _, _, _, r, _ in tiles])
@@ -242,8 +218,8 @@ def _axis_tiles(
     real = slots < highest[:, None]
     slots = np.minimum(slots, highest[:, None] - 1)
     k_pos = slots * step + residue[:, None]
-    q_pos = queries + first
-    alike, kind_of = _alike(q_pos, k_pos[:, 0], real.sum(1), literals, axis, rank, length, bias)
+    q_pos = queries + geometry.q_start[axis]
+    alike, kind_of = _alike(q_pos, k_pos[:, 0], real.sum(1), literals, axis, geometry)
     keys, q_pos, k_pos, real = k_pos + before, q_pos[alike, :, None], k_pos[alike, None, :], real[alike]
     shape = (len(alike), queries.shape[1], width)
     if full and real.all():
@@ -266,14 +242,14 @@ def _axis_tiles(
 
 
 def _alike(
-    q_pos: np.ndarray, first_key: np.ndarray, real: np.ndarray, literals, axis: int, rank: int, length: int, bias
+    q_pos: np.ndarray, first_key: np.ndarray, real: np.ndarray, literals, axis: int, geometry: Geometry
 ) -> tuple[np.ndarray, np.ndarray]:
     """One tile of each kind of tiles ``(tiles, tq)`` that must look alike, and which of them every tile is like.
 
     Seen from the first key of the tile, the windows of alike tiles begin and end at the same places, as many keys exist, and
     the offsets begin with the same one.
     """
-    base = first_key[:, None]
+    base, length, rank, bias = first_key[:, None], geometry.k_grid[axis], geometry.rank, geometry.bias
     told = [real[:, None]]
     for pattern, _ in sorted(literals, key=repr):
         start, count, step = pattern.axis_window(axis, q_pos, length, rank)
@@ -285,10 +261,10 @@ def _alike(
     return np.unique(kind_of, return_index=True)[1], kind_of
 
 
-def _product(tiles: Sequence[AxisTiles], q_grid, k_grid, zeros, bias) -> TileGroup:
+def _product(tiles: Sequence[AxisTiles], geometry: Geometry) -> TileGroup:
     """Combine the tiles of all axes into tiles of the grid."""
-    padded = [n + before + after for n, (before, after) in zip(k_grid, zeros, strict=True)]
-    sizes = bias[1] if bias is not None else (1,) * len(k_grid)
+    q_grid, padded, bias = geometry.q_grid, geometry.padded, geometry.bias
+    sizes = bias[1] if bias is not None else (1,) * geometry.rank
     queries, keys, kinds, mask, offsets = (
         tiles[0].queries, tiles[0].keys, tiles[0].kinds, tiles[0].mask, tiles[0].offsets,
     )  # fmt: skip

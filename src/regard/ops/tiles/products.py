@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ...caches import cached
+from ..calls.definition import SCORES
 
-SCORES = 1 << 26
-"""Scores that matrix products hold at once."""
 CACHED_SCORES = 1 << 18
 """Scores of some tiles that a CPU's caches hold."""
 

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ...checks import check_grid, check_sizes
-from ..patterns import Pattern, Separable, as_pattern
+from ..calls.geometry import AxisClasses, Geometry
+from ..patterns import Pattern, as_pattern
 
 Tile = int | Sequence[int]
-Bounds = tuple[np.ndarray, np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ def walk_tiles(
     """
     pattern, grid = as_pattern(pattern), check_grid("grid", grid)
     k_grid = grid if k_grid is None else check_grid("k_grid", k_grid)
-    if not isinstance(pattern, Separable) or (pattern.flat and len(grid) != len(k_grid)):
+    product = pattern.as_product(len(k_grid))
+    if product is None or (pattern.flat and len(grid) != len(k_grid)):
         raise ValueError(f"expected a pattern of one window per axis, such as Neighborhood(7); got {pattern!r}")
     pattern.check(grid, k_grid)
     q_sizes, k_sizes = _sizes("q_tile", q_tile, len(grid)), _sizes("k_tile", k_tile, len(grid))
     if len(q_sizes) != len(k_sizes):
         raise ValueError(f"both tiles must be row-major or have {len(grid)} axes; got {q_sizes} and {k_sizes}")
-    zeros = [pattern.zero_keys(axis, n, len(k_grid)) for axis, n in enumerate(k_grid)]
-    axes = [_axis(pattern, axis, n, k_grid[axis], len(k_grid), zeros[axis]) for axis, n in enumerate(grid)]
-    padded = tuple(n + sum(z) for n, z in zip(k_grid, zeros, strict=True))
+    geometry = Geometry.on(pattern.spec, grid, k_grid)
+    axes, padded = [geometry.axis(axis, product) for axis in range(geometry.rank)], geometry.padded
     attended = int(pattern.degree(grid, k_grid).sum())
     if len(q_sizes) == len(grid):
-        each = [_walk_axis(*axis, *sizes) for axis, *sizes in zip(axes, q_sizes, k_sizes, padded, strict=True)]
+        each = [_walk_axis(axis, *sizes) for axis, *sizes in zip(axes, q_sizes, k_sizes, padded, strict=True)]
         visited, most = (math.prod(counts) for counts in zip(*((int(v.sum()), int(v.max())) for v, _ in each), strict=True))
         mask_free = all(free for _, free in each)
         q_tiles, k_tiles = (math.prod(map(_cover, *pair)) for pair in ((grid, q_sizes), (k_grid, k_sizes)))
@@ -128,20 +128,12 @@ def _cover(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def _axis(pattern: Separable, axis: int, queries: int, length: int, rank: int, zeros: tuple[int, int]) -> Bounds:
-    """First key and past-the-end key of each query of an axis, on the padded axis, and the step between keys."""
-    window = pattern.axis_window(axis, np.arange(queries), length, rank)
-    start, count, step = (np.broadcast_to(np.asarray(x), (queries,)).astype(np.int64) for x in window)
-    return start + zeros[0], start + zeros[0] + count * step, int(step[0])
-
-
-def _walk_axis(start: np.ndarray, stop: np.ndarray, step: int, q_size: int, k_size: int, length: int):
+def _walk_axis(axis: AxisClasses, q_size: int, k_size: int, length: int):
     """Key tiles that each query tile of an axis visits, over all residue classes, and whether none needs a mask."""
     visits, free = [], True
-    for residue in np.unique(start % step):
-        members = start % step == residue
-        low, high = start[members] // step, stop[members] // step
-        points = (length - int(residue) + step - 1) // step
+    for residue, members in axis.members():
+        low, high = axis.low[members], axis.high[members]
+        points = (length - residue + axis.step - 1) // axis.step
         for first in range(0, len(low), q_size):
             a, b = low[first : first + q_size], high[first : first + q_size]
             some = b > a
@@ -154,9 +146,9 @@ def _walk_axis(start: np.ndarray, stop: np.ndarray, step: int, q_size: int, k_si
     return np.array(visits), free
 
 
-def _walk_raster(axes: Sequence[Bounds], q_grid: tuple[int, ...], k_grid: tuple[int, ...], q_size: int, k_size: int):
+def _walk_raster(axes: Sequence[AxisClasses], q_grid: tuple[int, ...], k_grid: tuple[int, ...], q_size: int, k_size: int):
     """The same for tiles of consecutive row-major tokens: the key tiles that hold a visible pair."""
-    seen = [_visible(axis, n) for axis, n in zip(axes, k_grid, strict=True)]
+    seen = [axis.visible(n) for axis, n in zip(axes, k_grid, strict=True)]
     keys, last = math.prod(k_grid), q_grid[-1]
     rows = list(itertools.product(*map(range, q_grid[:-1])))
     lines = [_outer([s[i] for s, i in zip(seen[:-1], row, strict=True)]) for row in rows]  # of the leading key axes
@@ -176,13 +168,6 @@ def _walk_raster(axes: Sequence[Bounds], q_grid: tuple[int, ...], k_grid: tuple[
         visits.append(int(visited.sum()))
         free &= bool(whole[visited].all())
     return np.array(visits), free
-
-
-def _visible(bounds: Bounds, length: int) -> np.ndarray:
-    """Visible pairs of an axis ``(queries, keys)``."""
-    start, stop, step = bounds
-    key = np.arange(length)
-    return (key >= start[:, None]) & (key < stop[:, None]) & ((key - start[:, None]) % step == 0)
 
 
 def _outer(visible: Sequence[np.ndarray]) -> np.ndarray:

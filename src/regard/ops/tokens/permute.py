@@ -105,12 +105,13 @@ def attend_permuted(
     rank = len(grid)
     if len(q_tile) != rank or len(k_tile) != rank:
         raise ValueError(f"tiles must have one number per axis of the grid {grid}; got {q_tile} and {k_tile}")
-    if not isinstance(pattern, Separable) or any(any(pattern.zero_keys(a, n, rank)) for a, n in enumerate(grid)):
+    product = pattern.as_product(rank)
+    if product is None or any(any(pattern.zero_keys(a, n, rank)) for a, n in enumerate(grid)):
         raise ValueError(f"expected a pattern of one window per axis without zero keys; got {pattern!r}")
     if tuple(k.shape[1:-2]) != grid:
         raise ValueError(f"queries and keys must lie on one grid; got {grid} and {tuple(k.shape[1:-2])}")
     pattern.check(grid, grid)
-    axes = [_walk(pattern, a, n, rank, q_tile[a], k_tile[a]) for a, n in enumerate(grid)]
+    axes = [_walk(product, a, n, rank, q_tile[a], k_tile[a]) for a, n in enumerate(grid)]
     dilation = [step for step, _, _ in axes]
     counts = [-(-n // (t * d)) for n, t, d in zip(grid, k_tile, dilation, strict=True)]
     table, seen = axes[0][1:]

@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 import math
-import operator
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +25,12 @@ from torch import Tensor
 
 from ...calls import definition
 from ...calls.call import Call
-from ...patterns import Blocks, Separable, Tokens
-from ...tiles.calls import nothing_changes, nothing_seen, nothing_to_do
+from ...calls.definition import lse_like
+from ...calls.geometry import Geometry
 from ...tracing import constant_in_graphs
 from ...transforms import PLAIN_ONLY
-from ..operators import complete, differentiated, lse_like
+from ..base import Backend, Cost, cost_of
+from ..operators import Inputs, define, run
 from .boxes import Sizes, Walk, block_walk, classes_of, on_device, three, window_walk
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -73,8 +72,29 @@ What fits in registers, by the compiler's report for compute capability 9.0.
 """
 
 
-def available() -> str | None:
-    return None if INSTALLED else "triton is not installed"
+class TritonBackend(Backend[Call]):
+    """Fused kernels for GPUs."""
+
+    name = "triton"
+    passed_over = "not measured on a GPU yet; runs where asked for"
+
+    def available(self) -> str | None:
+        return None if INSTALLED else "triton is not installed"
+
+    def supports(self, call: Call) -> str | None:
+        return _problem(call)
+
+    def automatic(self, call: Call) -> bool:
+        return False
+
+    def cost(self, call: Call) -> Cost:
+        walk = _walk_of(call)
+        listed = 1 if (blocks := call.pattern.as_blocks(call.rank)) is None else blocks.table.shape[-1]
+        tile, tiles = (math.prod(walk.tile), math.prod(walk.box)), call.batch * call.heads * walk.programs
+        return cost_of(call, walk.computed_pairs * listed, 0, tile, tiles)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return _run(call)
 
 
 def interpreted() -> bool:
@@ -82,7 +102,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def supports(call: Call) -> str | None:
+def _problem(call: Call) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
     if call.is_differentiated:
@@ -101,13 +121,15 @@ def supports(call: Call) -> str | None:
 
 
 def _pattern_problem(call: Call) -> str | None:
-    if isinstance(call.pattern, Tokens) or not isinstance(call.pattern, (Blocks, Separable)):
+    blocks = call.pattern.as_blocks(call.rank)
+    pattern = call.pattern
+    if blocks.single if blocks is not None else pattern.as_product(call.rank) is None and not pattern.ordered:
         return f"only patterns separable by axis and routed blocks; got {call.pattern!r}"
     if call.rank > 3:
         return f"only grids with 1 to 3 axes; got {call.padded_grid}"
-    if isinstance(call.pattern, Blocks):
+    if blocks is not None:
         return "no relative bias over routed blocks" if call.table is not None else None
-    return _no_classes(*_key(call))
+    return _no_classes(*call.geometry)
 
 
 def _device_problem(call: Call) -> str | None:
@@ -121,70 +143,31 @@ def _device_problem(call: Call) -> str | None:
 
 
 @constant_in_graphs
-def _no_classes(*key) -> str | None:
+def _no_classes(*geometry) -> str | None:
     """Why a pattern cannot be walked. A graph under trace sees the answer, not the tables."""
-    made = classes_of(*key)
+    made = classes_of(Geometry(*geometry))
     return made if isinstance(made, str) else None
 
 
-def _key(call: Call) -> tuple:
-    """The arguments of :func:`boxes.classes_of`, plain numbers: a graph is specialised to its grid."""
-
-    def ints(sizes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(operator.index(n) for n in sizes)
-
-    table = None if call.table is None else (call.table.pattern.spec, ints(call.table.table.shape[1:]))
-    return call.pattern.spec, ints(call.q_grid), ints(call.k_grid), ints(call.q_start), tuple(map(ints, call.zeros)), table
-
-
-def run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     call, careful = definition.guarded(call)
     if careful:
         return definition.run_pairs(call)
-    routed = call.pattern if isinstance(call.pattern, Blocks) else None
-    out, lse = triton_attention(
-        call.q, call.k, call.v,
-        call.table.table if call.table else None,
-        call.valid,
-        routed.table4() if routed else None,
-        list(_block(routed, call.rank)) if routed else [],
-        "" if routed else call.pattern.spec,
-        call.table.pattern.spec if call.table else "",
-        list(call.q_start),
-        [n for pair in call.zeros for n in pair],
-        call.scale,
-        call.need_lse or differentiated(call),
-    )  # fmt: skip
-    return out, lse if call.need_lse else None
-
-
-def computed_pairs(call: Call) -> int:
-    """Pairs of query and key computed per batch item and head."""
-    return _walk_of(call).computed_pairs * (call.pattern.table.shape[-1] if isinstance(call.pattern, Blocks) else 1)
-
-
-def tiles(call: Call) -> tuple[tuple[int, ...], int]:
-    """Queries of a tile and keys of a box, and the number of tiles over batch and heads."""
-    walk = _walk_of(call)
-    return (math.prod(walk.tile), math.prod(walk.box)), call.batch * call.heads * walk.programs
+    return run(triton_attention, call)
 
 
 def _walk_of(call: Call) -> Walk:
-    block = _block(call.pattern, call.rank) if isinstance(call.pattern, Blocks) else ()
+    blocks = call.pattern.as_blocks(call.rank)
     width = max(call.q.shape[-1], call.v.shape[-1])
-    return _walk("forward", _key(call), block, call.valid is not None, width, call.q.element_size())
+    return _walk("forward", call.geometry, blocks.sizes if blocks else (), call.valid is not None, width, call.q.element_size())
 
 
-def _block(pattern: Blocks, rank: int) -> tuple[int, ...]:
-    return pattern.block if isinstance(pattern.block, tuple) else (pattern.block,) * rank
-
-
-def _walk(name: str, key: tuple, block: tuple[int, ...], masked: bool, width: int, bytes_each: int) -> Walk:
-    kind = "single" if bytes_each > 2 else "half" if key[-1] is None else "half, biased"
+def _walk(name: str, geometry: Geometry, block: tuple[int, ...], masked: bool, width: int, bytes_each: int) -> Walk:
+    kind = "single" if bytes_each > 2 else "half" if geometry.table is None else "half, biased"
     sizes = next(sizes for limit, sizes in SIZES[name][kind] if width <= limit)
     if block:
-        return block_walk(key[1], key[2], block, sizes, name == "keys")
-    return window_walk(key, sizes, name == "keys", masked)
+        return block_walk(geometry.q_grid, geometry.k_grid, block, sizes, name == "keys")
+    return window_walk(geometry, sizes, name == "keys", masked)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,17 +188,17 @@ class Problem:
     valid: Tensor | None
     blocks: Tensor | None
     block: tuple[int, ...]
-    key: tuple
+    geometry: Geometry
     scale: float
 
     def walk(self, name: str) -> Walk:
         width = max(self.q.shape[-1], self.v.shape[-1])
-        return _walk(name, self.key, self.block, self.valid is not None, width, self.q.element_size())
+        return _walk(name, self.geometry, self.block, self.valid is not None, width, self.q.element_size())
 
     def lists(self, by_key: bool) -> tuple[Tensor, Tensor, int, int]:
         """Listed blocks of each block in one row, where each row begins, and the rows of a batch item and of a head."""
         assert self.blocks is not None
-        numbers = [math.prod(-(-n // size) for n, size in zip(grid, self.block, strict=True)) for grid in self.key[1:3]]
+        numbers = [math.prod(-(-n // size) for n, size in zip(grid, self.block, strict=True)) for grid in self.geometry[1:3]]
         batch, heads, queries, _ = self.blocks.shape
         number = numbers[by_key]
         table = self.blocks.long().sort(-1).values
@@ -269,7 +252,7 @@ class Problem:
         constants = {
             "D": q.shape[3], "DV": v.shape[3], "BLOCK_D": _power(q.shape[3]), "BLOCK_V": _power(v.shape[3]),
             **{f"T{a}": n for a, n in enumerate(walk.tile)}, **{f"B{a}": n for a, n in enumerate(walk.box)},
-            "AXES": len(self.key[1]), "BIAS": self.table is not None, "VALID": self.valid is not None,
+            "AXES": self.geometry.rank, "BIAS": self.table is not None, "VALID": self.valid is not None,
             "ROUTED": self.blocks is not None, "FIRST": 0 if full else 1, "LAST": 1 if full == walk.boxes else 2,
             "WIDE": farthest >= 2**31, "PRECISION": precision(q.dtype),
         }  # fmt: skip
@@ -289,91 +272,48 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale) -> Problem:
+def _pose(x: Inputs) -> Problem:
     def flat(tensor: Tensor) -> Tensor:
         tensor = tensor.flatten(1, -3)
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
-    pairs = tuple(zip(zeros[::2], zeros[1::2], strict=True))
-    k_grid = tuple(n - before - after for n, (before, after) in zip(k.shape[1:-2], pairs, strict=True))
-    of_table = None if table is None else (bias_spec, tuple(table.shape[1:]))
-    key = (spec, tuple(q.shape[1:-2]), k_grid, tuple(q_start), pairs, of_table)
     return Problem(
-        flat(q), flat(k), flat(v),
-        None if table is None else table.flatten(1).float() * LOG2_E,
-        None if valid is None else valid.flatten(1).to(torch.uint8),
-        blocks, tuple(block), key, scale,
+        flat(x.q), flat(x.k), flat(x.v),
+        None if x.table is None else x.table.flatten(1).float() * LOG2_E,
+        None if x.valid is None else x.valid.flatten(1).to(torch.uint8),
+        x.blocks, tuple(x.block), x.geometry, x.scale,
     )  # fmt: skip
 
 
-@torch.library.custom_op("regard::triton_attention", mutates_args=())
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    valid: Tensor | None,
-    blocks: Tensor | None,
-    block: list[int],
-    spec: str,
-    bias_spec: str,
-    q_start: list[int],
-    zeros: list[int],
-    scale: float,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output ``(batch, *q_grid, heads, value_dim)`` and lse ``(batch, *q_grid, heads)`` (empty if not needed) of one call."""
+def _forward(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor]:
     from . import kernels as attention
 
-    if nothing_to_do(q, blocks):
-        return nothing_seen(q, v, need_lse)
-    problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
-    out, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), lse_like(q)
+    problem, q = _pose(x), x.q
+    out, lse = q.new_empty((*q.shape[:-1], x.v.shape[-1])), lse_like(q)
     arguments, constants, (tiles, warps) = problem.arguments("forward", out.flatten(1, -3), lse)
     _launch(attention.forward, tiles * len(q) * q.shape[-2], arguments, constants, warps)
     return out, lse if need_lse else lse.new_empty(0)
 
 
-@torch.library.custom_op("regard::triton_attention_backward", mutates_args=())
-def triton_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    valid: Tensor | None,
-    blocks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    block: list[int],
-    spec: str,
-    bias_spec: str,
-    q_start: list[int],
-    zeros: list[int],
-    scale: float,
-    need_table: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the bias table (empty where not needed)."""
+def _backward(
+    x: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, need_table: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     from . import kernels as attention
 
-    if nothing_to_do(q, blocks):
-        return nothing_changes(q, k, v, table, need_table)
-    problem = _pose(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale)
+    problem, q, k = _pose(x), x.q, x.k
     grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, x.v))
     dtable = q.new_zeros((COPIES, *problem.table.shape) if need_table and problem.table is not None else 0, dtype=torch.float32)
     arguments, constants, (tiles, warps) = problem.arguments("queries", out.flatten(1, -3), lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    own = [grad_out, lse if grad_lse is None else grad_lse, delta, dq, dtable, COPIES, dtable[:1].numel(), scale]
+    own = [grad_out, lse if grad_lse is None else grad_lse, delta, dq, dtable, COPIES, dtable[:1].numel(), x.scale]
     wanted = {"GRAD_LSE": grad_lse is not None, "GRAD_BIAS": need_table}
     _launch(attention.backward_queries, tiles * len(q) * q.shape[-2], arguments + own, constants | wanted, warps)
     arguments, constants, (tiles, warps) = problem.arguments("keys", out.flatten(1, -3), lse)
-    own = [grad_out, delta, dk, dv, scale]
+    own = [grad_out, delta, dk, dv, x.scale]
     _launch(attention.backward_keys, tiles * len(k) * k.shape[-2], arguments + own, constants, warps)
-    if not need_table or table is None:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, dtable.sum(0).view(table.shape).to(table.dtype)
+    table = x.table if need_table else None
+    return dq, dk, dv, None if table is None else dtable.sum(0).view(table.shape).to(table.dtype)
 
 
 def _launch(kernel, programs: int, arguments: list, constants: dict, warps: int) -> None:
@@ -399,27 +339,18 @@ def _describes(device: torch.device) -> bool:
     return interpreted() if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _pairs(name: str, q, k, v, table, blocks, block, spec, bias_spec, q_start, zeros) -> int:
+def _pairs(name: str, x: Inputs) -> int:
     """Pairs of query and key that a kernel computes, over batch and heads, from shapes."""
-    pairs = tuple(zip(zeros[::2], zeros[1::2], strict=True))
-    k_grid = tuple(n - before - after for n, (before, after) in zip(k[1:-2], pairs, strict=True))
-    of_table = None if table is None else (bias_spec, tuple(table[1:]))
-    key = (spec, tuple(q[1:-2]), k_grid, tuple(q_start), pairs, of_table)
-    walk = _walk(name, key, tuple(block), False, max(q[-1], v[-1]), 2)
-    return q[0] * q[-2] * walk.computed_pairs * (blocks[-1] if block else 1)
+    walk = _walk(name, x.geometry, tuple(x.block), False, max(x.q[-1], x.v[-1]), 2)
+    return x.q[0] * x.q[-2] * walk.computed_pairs * (x.blocks[-1] if x.block else 1)
 
 
-def _flops(q, k, v, table, valid, blocks, block, spec, bias_spec, q_start, zeros, scale, need_lse, *, out_shape=None,
-           **_) -> int:  # fmt: skip
-    return 2 * _pairs("forward", q, k, v, table, blocks, block, spec, bias_spec, q_start, zeros) * (q[-1] + v[-1])
+def _flops(x: Inputs) -> int:
+    return 2 * _pairs("forward", x) * (x.q[-1] + x.v[-1])
 
 
-def _flops_backward(grad, grad_lse, q, k, v, table, valid, blocks, out, lse, block, spec, bias_spec, q_start, zeros, scale,
-                    need_table, *, out_shape=None, **_) -> int:  # fmt: skip
-    by_query, by_key = (
-        _pairs(name, q, k, v, table, blocks, block, spec, bias_spec, q_start, zeros) for name in ("queries", "keys")
-    )
-    return 2 * by_query * (2 * q[-1] + v[-1]) + 2 * by_key * (2 * q[-1] + 2 * v[-1])
+def _flops_backward(x: Inputs) -> int:
+    return 2 * _pairs("queries", x) * (2 * x.q[-1] + x.v[-1]) + 2 * _pairs("keys", x) * (2 * x.q[-1] + 2 * x.v[-1])
 
 
-complete(triton_attention, triton_attention_backward, _flops, _flops_backward)
+triton_attention, triton_attention_backward = define("triton_attention", _forward, _backward, _flops, _flops_backward)

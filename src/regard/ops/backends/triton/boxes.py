@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ....caches import cached
-from ...patterns import Causal, Separable, parse
+from ...calls.geometry import Geometry
+from ...patterns import Separable
 
 HEADER, FIELDS, RANK = 32, 9, 3
 """Scalars at the head of the tables, fields of a tile, and axes: grids of fewer axes get leading ones."""
@@ -67,7 +68,7 @@ def on_device(walk: Walk, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class AxisClasses:
+class AxisSlots:
     """One axis: the windows of its queries, in the order of their classes.
 
     ``position``, ``residue``, ``low``, ``high`` and ``row`` have one entry per query; the keys of a slot are
@@ -92,82 +93,52 @@ class AxisClasses:
         return list(itertools.pairwise(edges))
 
 
-Table = tuple[str, tuple[int, ...]]
-"""Text form of a bias table's pattern, and the table's sizes."""
-
-
 @cached(256)
-def classes_of(
-    spec: str,
-    q_grid: tuple[int, ...],
-    k_grid: tuple[int, ...],
-    q_start: tuple[int, ...],
-    zeros: tuple[tuple[int, int], ...],
-    table: Table | None = None,
-) -> tuple[AxisClasses, ...] | str:
-    """The axes of a separable pattern, padded to three, or the reason why it has none.
-
-    Args:
-        spec: text form of the pattern.
-        q_grid, k_grid: query grid and true key grid.
-        q_start: coordinates of the first query on the key grid.
-        zeros: zero keys before and after each axis of the key grid.
-        table: text form of the bias table's pattern and the table's sizes.
-    """
-    pattern, rank = parse(spec), len(k_grid)
-    if not isinstance(pattern, Separable):
-        return f"{pattern!r} is not separable by axis"
-    if isinstance(pattern, Causal) and rank > 1:
-        return f"raster order is no product of axes; got a grid {k_grid} that a bias table keeps"
-    if rank > RANK:
-        return f"only grids with 1 to {RANK} axes; got {k_grid}"
+def classes_of(geometry: Geometry) -> tuple[AxisSlots, ...] | str:
+    """The axes of a separable pattern, padded to three, or the reason why it has none."""
+    pattern = geometry.pattern.as_product(geometry.rank)
+    if pattern is None:
+        if geometry.pattern.ordered:
+            return f"raster order is no product of axes; got a grid {geometry.k_grid} that a bias table keeps"
+        return f"only patterns separable by axis; got {geometry.pattern!r}"
+    if geometry.rank > RANK:
+        return f"only grids with 1 to {RANK} axes; got {geometry.k_grid}"
     one = np.zeros(1, dtype=np.int64)
-    axes = [AxisClasses(one, one, one, one + 1, one, 1, 1, 0, 1)] * (RANK - rank)
-    for axis in range(rank):
-        made = _axis_classes(pattern, axis, rank, q_grid[axis], k_grid[axis], q_start[axis], zeros[axis], table)
+    axes = [AxisSlots(one, one, one, one + 1, one, 1, 1, 0, 1)] * (RANK - geometry.rank)
+    for axis in range(geometry.rank):
+        made = _axis_slots(pattern, axis, geometry)
         if isinstance(made, str):
             return made
         axes.append(made)
     return tuple(axes)
 
 
-def _axis_classes(
-    pattern: Separable, axis: int, rank: int, queries: int, length: int, first: int, zeros: tuple[int, int], table: Table | None
-) -> AxisClasses | str:
-    before, after = zeros
-    padded = length + before + after
-    position = np.arange(first, first + queries)
-    window = pattern.axis_window(axis, position, length, rank)
-    start, count, steps = (np.broadcast_to(np.asarray(x), (queries,)).astype(np.int64) for x in window)
-    step = int(steps[0])
-    start = start + before
-    residue = start % step
-    order = np.argsort(residue, kind="stable")
-    position, residue = position[order], residue[order]
-    low = (start[order] - residue) // step
-    high = np.minimum(low + count[order], (padded - 1 - residue) // step + 1)
-    low = np.maximum(low, 0)
+def _axis_slots(pattern: Separable, axis: int, geometry: Geometry) -> AxisSlots | str:
+    classes, padded = geometry.axis(axis, pattern), geometry.padded[axis]
+    step, order = classes.step, np.argsort(classes.residue, kind="stable")
+    position, residue, low, high = (x[order] for x in (classes.position, classes.residue, classes.low, classes.high))
+    low, high = np.maximum(low, 0), np.minimum(high, (padded - 1 - residue) // step + 1)
     apart = np.diff(position)[np.diff(residue) == 0]
-    if (steps != step).any() or (apart != apart[:1]).any():
+    if not classes.even or (apart != apart[:1]).any():
         return f"the queries of {pattern!r} that share keys are unevenly spaced on axis {axis}"
     row, slope = np.zeros_like(low), 0
-    if table is not None:
-        found = _bias_rows(table, axis, rank, length, before, position, residue, low, high, step)
+    if geometry.bias is not None:
+        found = _bias_rows(axis, geometry, position, residue, low, high, step)
         if found is None:
-            return f"the offsets of {table[0]} are not linear in the keys of {pattern!r}"
+            return f"the offsets of {geometry.bias[0]!r} are not linear in the keys of {pattern!r}"
         row, slope = found
     stride = int(apart[0]) if len(apart) else 1
-    return AxisClasses(position - first, residue, low, high, row, step, stride, slope, padded)
+    return AxisSlots(position - geometry.q_start[axis], residue, low, high, row, step, stride, slope, padded)
 
 
-def _bias_rows(
-    table: Table, axis: int, rank: int, length: int, before: int, position, residue, low, high, step: int
-) -> tuple[np.ndarray, int] | None:
+def _bias_rows(axis: int, geometry: Geometry, position, residue, low, high, step: int) -> tuple[np.ndarray, int] | None:
     """Entry of a flat bias table for key 0 of each slot's class, and the entries from one key to the next."""
-    pattern, sizes = parse(table[0]), table[1]
+    assert geometry.bias is not None
+    (pattern, sizes), before = geometry.bias, geometry.zeros[axis][0]
 
     def offset(j: np.ndarray) -> np.ndarray:
-        return np.asarray(pattern.offset(axis, position, residue + j * step - before, length, rank))
+        keys = residue + j * step - before
+        return np.asarray(pattern.offset(axis, position, keys, geometry.k_grid[axis], geometry.rank))
 
     first, count = offset(low), high - low
     several = count > 1
@@ -183,7 +154,7 @@ def _bias_rows(
 # tiles of one axis: (FIELDS, tiles)
 
 
-def _cut(axis: AxisClasses, size: int, whole: bool) -> np.ndarray:
+def _cut(axis: AxisSlots, size: int, whole: bool) -> np.ndarray:
     """First slots of tiles of at most ``size`` queries of one class; ``whole`` keeps queries with one window together."""
     firsts: list[int] = []
     for begin, end in axis.bounds:
@@ -204,7 +175,7 @@ def _cut(axis: AxisClasses, size: int, whole: bool) -> np.ndarray:
     return np.array(firsts)
 
 
-def _query_tiles(axis: AxisClasses, size: int) -> Callable[[int], np.ndarray]:
+def _query_tiles(axis: AxisSlots, size: int) -> Callable[[int], np.ndarray]:
     """Tiles of ``size`` queries as a function of the keys of a box, with the fewest boxes.
 
     Fields: first slot, queries, its coordinate, least low, greatest high, boxes, first full box, full boxes, residue.
@@ -224,7 +195,7 @@ def _query_tiles(axis: AxisClasses, size: int) -> Callable[[int], np.ndarray]:
     return at
 
 
-def _key_tiles(axis: AxisClasses, size: int) -> Callable[[int], np.ndarray]:
+def _key_tiles(axis: AxisSlots, size: int) -> Callable[[int], np.ndarray]:
     """Tiles of ``size`` keys as a function of the queries of a box.
 
     Fields: first key, keys, residue, first and past-the-last slot that sees any of them, boxes, first full box, full boxes,
@@ -305,16 +276,16 @@ def _cheapest(
 
 
 @cached(256)
-def window_walk(key: tuple, sizes: Sizes, by_key: bool, masked: bool) -> Walk:
+def window_walk(geometry: Geometry, sizes: Sizes, by_key: bool, masked: bool) -> Walk:
     """The walk of a separable pattern.
 
     Args:
-        key: the arguments of :func:`classes_of`.
+        geometry: the pattern on its grids.
         sizes: what a tile and a box may hold.
         by_key: tiles of keys and boxes of queries instead of tiles of queries and boxes of keys.
         masked: whether every box needs a mask.
     """
-    axes = classes_of(*key)
+    axes = classes_of(geometry)
     if isinstance(axes, str):
         raise ValueError(axes)
     make = _key_tiles if by_key else _query_tiles
@@ -332,7 +303,7 @@ def window_walk(key: tuple, sizes: Sizes, by_key: bool, masked: bool) -> Walk:
     tables = [tiles(a, tile[a])(box[a]).copy() for a in range(RANK)]
     for table in tables if masked else ():
         table[6:8] = 0
-    grids = three(key[1]), tuple(axis.length for axis in axes)
+    grids = three(geometry.q_grid), tuple(axis.length for axis in axes)
     header = np.zeros(HEADER, dtype=np.int64)
     for a, axis in enumerate(axes):
         queries, keys = (math.prod(grid[a + 1 :]) for grid in grids)  # tokens from one coordinate to the next
