@@ -281,9 +281,9 @@ def explain(
     if query is None and not (rollout or relevance):
         query = "0.5,0.5"
     _check_folders(out=out.parent)
+    from .data.photographs import cut_square, seen_at
     from .files import write_atomically
     from .lens.explain import explain as look
-    from .lens.photographs import cut_square, seen_at
     from .models.opening import inputs_of, normalised, open_model
 
     cut, place = cut_square(image, query)  # what was typed is read before a model is built

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from regard import create_model
 from regard.cli import main
 from regard.data.embedded import photograph
+from regard.data.photographs import square
 from regard.lens import capture, image_map, relevance, rollout
 from regard.lens.explain import Explanation, Panel, explain
-from regard.lens.photographs import square
 from regard.lens.pictures import Tile, font, sheet, wrapped
 from regard.models import save_checkpoint
 from regard.models.opening import normalised, open_model

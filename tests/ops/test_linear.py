@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard.bench import count
 from regard.lens import capture
 from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import memory as linear_memory_of
 from regard.ops.linear import naive
 from regard.ops.linear import spans as linear_spans
 from regard.ops.linear.attend import LinearState, linear_attend, linear_weights
@@ -643,9 +644,9 @@ def test_the_operators_are_well_formed(decay):
     state, valid = random(2, 2, 3, 4, grad=True), torch.rand(2, 11) > 0.3
     torch.library.opcheck(linear_chunks.linear_scan, (q, k, v, decay_of(decay, q), state, valid, "silu", 4, "torch"))
     if decay == "none":
-        torch.library.opcheck(linear_chunks.linear_memory, (k, v, valid, "relu", "torch"))
+        torch.library.opcheck(linear_memory_of.linear_memory, (k, v, valid, "relu", "torch"))
         memory, total = random(2, 2, 3, 4, grad=True), random(2, 2, 3, grad=True)
-        torch.library.opcheck(linear_chunks.linear_read, (q, memory, total, 1.0, 0.1, "elu_plus_one", "torch"))
+        torch.library.opcheck(linear_memory_of.linear_read, (q, memory, total, 1.0, 0.1, "elu_plus_one", "torch"))
 
 
 def test_flops_grow_with_the_tokens():

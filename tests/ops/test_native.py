@@ -224,7 +224,7 @@ def test_narrower_processors(flags, tmp_path, monkeypatch):
 
 
 def test_the_task_is_laid_out_as_in_c():
-    assert library.library().regard_task_size() == ctypes.sizeof(attention._Task)
+    assert library.library().regard_task_size() == ctypes.sizeof(attention.Task)
 
 
 def test_it_is_for_cpus_and_types_that_are_compiled():

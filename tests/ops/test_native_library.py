@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def forget() -> None:
-    for kept in (library.library, library.why_not, library._looked_for):
+    for kept in (library.library, library.why_not, library.looked_for):
         kept.cache_clear()
 
 

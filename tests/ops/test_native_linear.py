@@ -192,4 +192,4 @@ def test_it_says_what_it_cannot_do():
 
 
 def test_the_task_is_laid_out_as_in_c():
-    assert library.library().regard_scan_size() == ctypes.sizeof(native._Scan)
+    assert library.library().regard_scan_size() == ctypes.sizeof(native.Scan)

@@ -190,7 +190,7 @@ def _with_gradients(run, leaves: list[torch.Tensor], backend: str) -> list[torch
 
 if __name__ == "__main__":
     loaded = library.opened(Path(sys.argv[1]))
-    library._looked_for = lambda: loaded
+    library.looked_for = lambda: loaded
     from regard.ops.backends.native import attention as compiled
 
     compiled.SMALL = 0  # several threads whatever the size

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import memory as linear_memory_of
 from regard.ops.linear.attend import linear_attend
 
 from .interpreted import HERE, TRITON, run_interpreted
@@ -100,9 +101,9 @@ def test_attention_to_all_keys_equals_the_products(sizes, dtype):
     valid = torch.rand(batch, tokens) > 0.3
 
     def run(q, k, v, kernel):
-        memory, total = linear_chunks.linear_memory(k, v, valid, "elu_plus_one", kernel)
-        divided, _ = linear_chunks.linear_read(q, memory, total, 3.0, 0.1, "elu_plus_one", kernel)
-        return divided, linear_chunks.linear_read(q, memory, None, None, 0.0, "elu_plus_one", kernel)[0]
+        memory, total = linear_memory_of.linear_memory(k, v, valid, "elu_plus_one", kernel)
+        divided, _ = linear_memory_of.linear_read(q, memory, total, 3.0, 0.1, "elu_plus_one", kernel)
+        return divided, linear_memory_of.linear_read(q, memory, None, None, 0.0, "elu_plus_one", kernel)[0]
 
     check(run, inputs, dtype)
 
@@ -118,8 +119,8 @@ def test_features_are_made_in_the_kernels(activation):
     )
 
     def everything(q, k, v, kernel):
-        memory, total = linear_chunks.linear_memory(k, v, None, activation, kernel)
-        return [linear_chunks.linear_read(q, memory, total, 0.5, 0.0, activation, kernel)[0]]
+        memory, total = linear_memory_of.linear_memory(k, v, None, activation, kernel)
+        return [linear_memory_of.linear_read(q, memory, total, 0.5, 0.0, activation, kernel)[0]]
 
     check(everything, inputs, torch.float32)
 
@@ -128,8 +129,8 @@ def test_features_are_made_in_the_kernels(activation):
 def test_sums_over_many_parts_add_up():
     tokens = 64 * 64 + 700  # two tiles in every part
     k, v = torch.randn(1, tokens, 1, 4), torch.randn(1, tokens, 1, 4)
-    memory, total = linear_chunks.linear_memory(k, v, None, "relu", "triton")
-    exact, sums = linear_chunks.linear_memory(k.double(), v.double(), None, "relu", "torch")
+    memory, total = linear_memory_of.linear_memory(k, v, None, "relu", "triton")
+    exact, sums = linear_memory_of.linear_memory(k.double(), v.double(), None, "relu", "torch")
     torch.testing.assert_close(memory.double(), exact, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(total.double(), sums, rtol=1e-5, atol=1e-4)
 

@@ -9,9 +9,9 @@ from torch import nn
 from regard import create_model, list_models, load_checkpoint
 from regard.bench import count
 from regard.layers.blocks import DropPath
+from regard.layers.context_mixing import ContextMixing
 from regard.layers.conv_norm import ConvNorm, DilatedConvNorm, fuse
 from regard.models import count_parameters, export_state_dict, model_card
-from regard.models.backbones.overlock import ContextMixing
 from regard.ops.local.kernels import apply_kernel
 
 DOUBLE = {"dtype": torch.float64}

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_integer, shown
 from .captured import Map, plain
 from .layered import Shares, Step, beginning, shares_on, steps_of
-from .rollout import _kind_of, roll
+from .rollout import kind_of, roll
 
 UNIT = 1 << 30
 """Whole numbers per unit of capacity, as the solver wants them."""
@@ -52,7 +52,7 @@ def flow(
     (first, *_) = (*steps[-1].inner, *steps[-1].outer)
     if not 0 <= check_integer("item", item, None) < first.batch:
         raise ValueError(f"item must be one of the batch of {first.batch}; got {item}")
-    shares = beginning(steps, start, first.batch, *_kind_of(first))
+    shares = beginning(steps, start, first.batch, *kind_of(first))
     layers = [_row(shares)[item]]
     for step in reversed(steps):
         before = shares

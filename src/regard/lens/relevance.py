@@ -18,7 +18,7 @@ from ..checks import INTEGERS, check_integer, check_tensor, shown
 from .capture import capture
 from .captured import Map, Maps
 from .layered import Shares, beginning, steps_of, walk
-from .rollout import _kind_of
+from .rollout import kind_of
 
 Target = int | Tensor | Callable[[Any], Tensor] | None
 
@@ -103,7 +103,7 @@ def relevance_of(maps: Iterable[Map], start: object = None) -> Shares:
     """
     steps = steps_of(maps)
     (first, *_) = (*steps[-1].inner, *steps[-1].outer)
-    shares = beginning(steps, start, first.batch, *_kind_of(first))
+    shares = beginning(steps, start, first.batch, *kind_of(first))
     return walk(steps, shares, _positive, stay=1.0, move=1.0, normalise=False, gradients=True)
 
 

@@ -42,7 +42,7 @@ def rollout(maps: Iterable[Map], start: object = None, *, heads: str = "mean", a
     """
     steps = steps_of(maps)
     (first, *_) = (*steps[-1].inner, *steps[-1].outer)
-    shares = beginning(steps, start, first.batch, *_kind_of(first))
+    shares = beginning(steps, start, first.batch, *kind_of(first))
     return roll(steps, shares, heads=heads, attention_share=attention_share)
 
 
@@ -59,6 +59,6 @@ def roll(steps: list[Step], shares: Shares, *, heads: str, attention_share: floa
     return walk(steps, shares, reduced, stay=1.0 - attention_share, move=attention_share, normalise=True)
 
 
-def _kind_of(found: Map) -> tuple[torch.dtype, torch.device]:
+def kind_of(found: Map) -> tuple[torch.dtype, torch.device]:
     like = next(found.stream(1))[1][0]
     return like.dtype, like.device

@@ -213,7 +213,7 @@ class Backbone(Staged):
             self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(spec.num_classes if num_classes is None else num_classes)
-        self.apply(_init_weights)
+        self.apply(initialise_weights)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one; 0 removes it."""
@@ -225,7 +225,7 @@ class Backbone(Staged):
         self.unused_keys = frozenset(f"head.{key}" for key in self.spec.head(pooled, 1, device="meta").state_dict())
         if num_classes:
             self.head = self.spec.head(pooled, num_classes, device=like.device, dtype=like.dtype)
-            self.head.apply(_init_weights)
+            self.head.apply(initialise_weights)
             self.head.train(self.training)
             self.unused_keys = frozenset()
 
@@ -333,7 +333,7 @@ def stage_indices(indices: Sequence[int], count: int) -> list[int]:
     return sorted({i % count for i in indices})
 
 
-def _init_weights(module: nn.Module) -> None:
+def initialise_weights(module: nn.Module) -> None:
     """Truncated normal linear layers, zero biases; all else keeps its own initialisation. Source: arXiv:2103.14030."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -25,7 +25,7 @@ from ...layers.pools import ClassAttention
 from ...layers.positions import PositionTable
 from ...layers.stems import ConvDownsample
 from ...ops.tracing import fill
-from ..backbone import Backbone, _init_weights
+from ..backbone import Backbone, initialise_weights
 from ..checkpoints import Layout, Rule
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
@@ -183,7 +183,7 @@ class Volo(Backbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **factory))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.class_blocks = nn.Sequential(*(ClassBlock(dim, heads, int(dim * spec.mlp_ratio), **factory) for _ in range(2)))
-        self.class_blocks.apply(_init_weights)
+        self.class_blocks.apply(initialise_weights)
 
     def reset_classifier(self, num_classes: int) -> None:
         super().reset_classifier(num_classes)
@@ -193,7 +193,7 @@ class Volo(Backbone):
             return
         like = self.norm.weight
         self.aux_head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-        self.aux_head.apply(_init_weights)
+        self.aux_head.apply(initialise_weights)
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "stages.1.downsample.position.table"} | super().no_weight_decay()

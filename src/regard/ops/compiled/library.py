@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
     """
     if (why := why_not()) is not None:
         raise Unavailable(why)
-    found = _looked_for()
+    found = looked_for()
     assert isinstance(found, ctypes.CDLL)  # why_not is None
     return found
 
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL:
 @lru_cache(maxsize=1)
 def why_not() -> str | None:
     """None where the library is there, else the reason why not, with a warning the first time."""
-    found = _looked_for()
+    found = looked_for()
     if isinstance(found, ctypes.CDLL):
         return None
     if not isinstance(found, SwitchedOff):
@@ -77,7 +77,7 @@ def why_not() -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _looked_for() -> ctypes.CDLL | Unavailable:
+def looked_for() -> ctypes.CDLL | Unavailable:
     """The library or what kept it away; this process asks once."""
     try:
         return _find()
@@ -110,8 +110,8 @@ def opened(path: Path) -> ctypes.CDLL:
     Raises:
         Unavailable: it cannot be loaded, lacks a function, or lays out its tasks in another way.
     """
-    from ..backends.native.attention import _Task
-    from ..linear.native import _Scan
+    from ..backends.native.attention import Task
+    from ..linear.native import Scan
 
     try:
         loaded = ctypes.CDLL(str(path))
@@ -122,7 +122,7 @@ def opened(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
     sizes = loaded.regard_task_size(), loaded.regard_scan_size()
-    if sizes != (ctypes.sizeof(_Task), ctypes.sizeof(_Scan)) or loaded.regard_lanes() not in (4, 8, 16):
+    if sizes != (ctypes.sizeof(Task), ctypes.sizeof(Scan)) or loaded.regard_lanes() not in (4, 8, 16):
         raise Unavailable(f"{path} is not compiled from these sources: it has tasks of {sizes} bytes")
     return loaded
 

@@ -23,7 +23,7 @@ def run(path: str) -> None:
     from ..linear.attend import linear_attend
 
     loaded = library.opened(Path(path))
-    library._looked_for = lambda: loaded  # type: ignore[assignment]  # this process uses no other
+    library.looked_for = lambda: loaded  # type: ignore[assignment]  # this process uses no other
 
     generator = torch.Generator().manual_seed(0)
     valid = torch.rand(1, 9, 11, generator=generator) > 0.2

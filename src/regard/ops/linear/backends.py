@@ -21,7 +21,7 @@ from .. import compiled
 from ..backends import costs
 from ..backends.base import Backend, Cost
 from ..transforms import PLAIN_ONLY
-from . import chunks as linear_chunks
+from . import chunks, memory
 from .call import LinearCall, LinearState
 from .naive import attend_all, state_after
 from .norms import divided
@@ -171,6 +171,10 @@ def _chunk(call: LinearCall) -> int:
     return min(call.chunk, 1 << (operator.index(call.q.shape[1]) - 1).bit_length())
 
 
+_OPERATORS = {"scan": chunks.linear_scan, "memory": memory.linear_memory, "read": memory.linear_read}
+_PLAIN: dict[str, Callable[..., Any]] = {"scan": chunks.scan, "memory": memory.memory, "read": memory.read}
+
+
 @dataclass(frozen=True)
 class _Way:
     """How to compute: tokens of a chunk, and the language of the kernels."""
@@ -181,8 +185,8 @@ class _Way:
     def run(self, name: str, *arguments) -> Any:
         """The operator, or what it is made of in a program that others shall read."""
         if torch.compiler.is_exporting() and self.kernel == "torch":
-            return getattr(linear_chunks, name)(*arguments)
-        return getattr(linear_chunks, f"linear_{name}")(*arguments, self.kernel)
+            return _PLAIN[name](*arguments)
+        return _OPERATORS[name](*arguments, self.kernel)
 
 
 def _everything(call: LinearCall, v: Tensor, way: _Way) -> tuple[Tensor, LinearState]:

@@ -33,7 +33,7 @@ def _heads(x: Tensor) -> int:
     return x.shape[0] * x.shape[2]
 
 
-class _Scan(ctypes.Structure):
+class Scan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("narrow", "narrow_values", "batch", "heads", "tokens", "dim", "value")),
         *((name, ctypes.c_int64) for name in ("chunk", "activation")),
@@ -103,7 +103,7 @@ def scan_backward(
 
 
 def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """:func:`regard.ops.linear.chunks.linear_memory`."""
+    """:func:`regard.ops.linear.memory.linear_memory`."""
     k, v = _contiguous_rows(k), _contiguous_rows(v)
     exist, slices = _exist(valid), _slices(k)
     products = k.new_empty(slices, k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
@@ -117,7 +117,7 @@ def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple
 def read(
     q: Tensor, memory: Tensor, total: Tensor | None, floor: float | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """:func:`regard.ops.linear.chunks.linear_read`."""
+    """:func:`regard.ops.linear.memory.linear_read`."""
     q, memory = _contiguous_rows(q), memory.contiguous()
     out = q.new_empty(*q.shape[:-1], memory.shape[-1])
     factors = q.new_empty(q.shape[:-1] if total is not None else (0,), dtype=torch.float32)
@@ -169,7 +169,7 @@ def _task(
     activation: str,
     chunk: int,
     slices: int = 0,
-) -> _Scan:
+) -> Scan:
     """A task, all of it checked.
 
     Args:
@@ -188,7 +188,7 @@ def _task(
         raise ValueError(f"compiled linear attention is of 4 axes; got {shown(q)} and {shown(v)}")
     (batch, tokens, heads, dim), value = q.shape, v.shape[3]
     ahead = (slices,) if states.ndim == 5 else ()
-    task = _Scan(
+    task = Scan(
         narrow=q.dtype == torch.bfloat16, narrow_values=v.dtype == torch.bfloat16, batch=batch, heads=heads, tokens=tokens,
         dim=dim, value=value, chunk=max(1, min(chunk, LONGEST)), activation=ACTIVATIONS.index(activation),
         q=rows("q", q, (batch, tokens, heads, dim), ROWS), k=rows("k", k, (batch, tokens, heads, dim), (q.dtype,)),
@@ -206,7 +206,7 @@ def _task(
     return task
 
 
-def _run(task: _Scan, name: str) -> None:
+def _run(task: Scan, name: str) -> None:
     memory = lend(task, getattr(library(), f"regard_{name}_scratch")(ctypes.byref(task)))
     getattr(library(), f"regard_{name}")(ctypes.byref(task))
     del memory

@@ -548,7 +548,7 @@ def _launch(x: Tensor, dim: int, value: int, activation: str, over: str) -> tupl
 
 @_there
 def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """:func:`regard.ops.linear.chunks.linear_memory`."""
+    """:func:`regard.ops.linear.memory.linear_memory`."""
     live = _numbers(k, valid)
     return _sums(k.contiguous(), v.contiguous(), live, live, activation)
 
@@ -557,7 +557,7 @@ def memory(k: Tensor, v: Tensor, valid: Tensor | None, activation: str) -> tuple
 def memory_backward(
     grad: Tensor, grad_total: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """:func:`regard.ops.linear.chunks.linear_memory_backward`."""
+    """:func:`regard.ops.linear.memory.linear_memory_backward`."""
     k, v, grad, grad_total, live = (t.contiguous() for t in (k, v, grad, grad_total, _numbers(k, valid)))
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     grid, options = _launch(k, k.shape[-1], v.shape[-1], activation, "D")
@@ -590,7 +590,7 @@ def _weighed(x: Tensor, memory: Tensor, of_token: Tensor, out: Tensor, activatio
 def read(
     q: Tensor, memory: Tensor, total: Tensor | None, floor: float | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """:func:`regard.ops.linear.chunks.linear_read`."""
+    """:func:`regard.ops.linear.memory.linear_read`."""
     out, mass = _divided(q.contiguous(), memory.contiguous(), total, floor, eps, activation)
     return out, mass if total is None else inverse(mass, floor, eps)
 
@@ -614,7 +614,7 @@ def read_backward(
     grad: Tensor, q: Tensor, memory: Tensor, total: Tensor | None, inverse: Tensor, floor: float | None, eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`regard.ops.linear.chunks.linear_read_backward`."""
+    """:func:`regard.ops.linear.memory.linear_read_backward`."""
     grad, q, memory = (t.contiguous() for t in (grad, q, memory))
     grad_q = torch.empty_like(q)
     grid, options = _launch(q, q.shape[-1], memory.shape[-1], activation, "D")

@@ -105,7 +105,7 @@ def _check_lists(name: str, lists: Tensor, shape: tuple[int, ...]) -> None:
     block(f"the list of {name}", lists, shape, (torch.int64,))
 
 
-class _Task(ctypes.Structure):
+class Task(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("ahead", "narrow", "narrow_out", "batch", "heads", "kv_heads", "dim", "value")),
         *((name, RowsOf) for name in ("q", "k", "v", "out", "lse")),
@@ -217,7 +217,7 @@ def differentiate(
     return None if sums is None else sums.sum(0)[..., : task.tk]
 
 
-def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Tensor, lse: Tensor | None, merge: bool) -> _Task:
+def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Tensor, lse: Tensor | None, merge: bool) -> Task:
     """The task of a set of tiles, all of it checked.
 
     Raises:
@@ -229,7 +229,7 @@ def _task(q: Tensor, k: Tensor, v: Tensor, tiles: TileSet, scale: float, out: Te
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"the heads of q must be a multiple of those of k; got {shown(q)} and {shown(k)}")
     tiles.check(batch, heads, queries, keys)
-    task = _Task(
+    task = Task(
         ahead=_ahead(k, v, tiles), narrow=q.dtype == torch.bfloat16, narrow_out=out.dtype == torch.bfloat16,
         batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, value=value,
         q=rows("q", q, (batch, queries, heads, dim), (q.dtype,)),
@@ -265,12 +265,12 @@ def _steps(lists: Tensor) -> tuple[int, int]:
     return tuple(lists.stride(axis) if lists.shape[axis] > 1 else 0 for axis in (0, 1))  # type: ignore[return-value]  # two
 
 
-def _workers(task: _Task, units: int) -> int:
+def _workers(task: Task, units: int) -> int:
     products = task.batch * task.heads * task.tiles * task.tq * task.tk * (task.dim + task.value)
     return 1 if products < SMALL else max(1, min(torch.get_num_threads(), units))
 
 
-def _cuts(task: _Task, wanted: int) -> int:
+def _cuts(task: Task, wanted: int) -> int:
     """Into how many pieces the queries of a tile can be cut, up to a number."""
     return max(1, min(wanted, task.tq // lanes()))
 
@@ -284,7 +284,7 @@ def _slices(units: int, threads: int, pieces: int) -> int:
     return max(range(1, min(threads, pieces) + 1), key=lambda slices: (min(busy(slices), 0.9), -slices))
 
 
-def _run(task: _Task, direction: str) -> None:
+def _run(task: Task, direction: str) -> None:
     each = getattr(library(), f"regard_{direction}_scratch")(ctypes.byref(task))
     memory = lend(task, each)
     getattr(library(), f"regard_{direction}")(ctypes.byref(task))

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.embedded import PHOTOGRAPHS, photograph
-from ..data.images import decode_image
 from ..names import nearest
-from .pictures import Place
+from .embedded import PHOTOGRAPHS, photograph
+from .images import decode_image
 
 
-def cut_square(image: str, query: str | None = None) -> tuple[Tensor, Place | None]:
+def cut_square(image: str, query: str | None = None) -> tuple[Tensor, tuple[float, float] | None]:
     """The middle square of a photograph, and where a pixel of the photograph lies in it.
 
     Args:
@@ -60,7 +59,7 @@ def seen_at(photo: Tensor, side: int) -> Tensor:
     return seen.round().clamp(0, 255).to(torch.uint8)
 
 
-def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, Place | None]:
+def square(image: str, side: int, query: str | None = None) -> tuple[Tensor, tuple[float, float] | None]:
     """:func:`cut_square` at the size ``side``."""
     cut, place = cut_square(image, query)
     return seen_at(cut, side), place
