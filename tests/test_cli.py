@@ -38,6 +38,14 @@ def test_version_is_printed(capsys) -> None:
     assert called(capsys, "--version") == (0, f"regard {regard.__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", ["demo", "compare", "plan", "mixers", "explain"])
+def test_help_leaves_out_bounds_that_nobody_meets(command: str, capsys) -> None:
+    code, out, _ = called(capsys, command, "--help")
+    assert code == 0
+    assert "--" in out
+    assert not any(str(most) in out for most in (2**31 - 1, 2**32 - 1, 65536, 2**24))
+
+
 def test_process_says_an_error_in_one_line_and_exits_with_2() -> None:
     done = run("plan", "neighbourhod(7)")
     assert done.returncode == 2

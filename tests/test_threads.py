@@ -1,7 +1,8 @@
-"""Several threads at once: each sees, counts and plans its own, as if it were alone."""
+"""Several threads at once: each sees, counts and plans its own, as if it were alone, also while caches are emptied."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import regard
+from regard import attend, plan
+from regard import patterns as P
 from regard.bench import count
 from regard.bench.usage import flops
 from regard.lens import capture
@@ -21,6 +24,15 @@ from regard.ops.calls.observe import OBSERVERS, WATCHERS
 
 THREADS = 6
 ROUNDS = 4
+TEXTS = (
+    "window(3)",
+    "neighborhood(3)",
+    "axis(0) | axis(1)",
+    "window(2) | window(3, shift=1)",
+    "halo(2, 1)",
+    "causal",
+    "grid(2)",
+)
 MODELS = {
     "swin_tiny_patch4_window7_224": {"dim": 8, "head_dim": 4, "depths": (2, 1, 1, 1)},
     "dinat_mini": {"dim": 8, "head_dim": 4, "depths": (1, 1, 1, 2)},
@@ -41,16 +53,19 @@ def _threads_take_turns_often():
     assert not WATCHERS
 
 
-def at_once(*works: Callable[[], Any]) -> list[list[Any]]:
-    """What each work gives, over and over, all of them in threads that start together."""
+def at_once(*works: Callable[[], Any], rounds: int = ROUNDS, beside: Callable[[], object] | None = None) -> list[list[Any]]:
+    """What each work gives, over and over, in threads that start together; ``beside`` is called until all are done."""
     start = threading.Barrier(len(works))
 
     def repeated(work: Callable[[], Any]) -> list[Any]:
         start.wait()
-        return [work() for _ in range(ROUNDS)]
+        return [work() for _ in range(rounds)]
 
     with ThreadPoolExecutor(len(works)) as pool:
-        return list(pool.map(repeated, works))
+        running = [pool.submit(repeated, work) for work in works]
+        while beside is not None and not all(one.done() for one in running):
+            beside()
+        return [one.result() for one in running]
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +203,48 @@ def test_gradients_arrive_at_the_maps_of_the_thread_that_ran_the_model():
     alone = [derived(mixer) for mixer in mixers]
     for expected, rounds in zip(alone, at_once(*(lambda mixer=mixer: derived(mixer) for mixer in mixers)), strict=True):
         torch.testing.assert_close(rounds, [expected] * ROUNDS, rtol=1e-5, atol=1e-6)
+
+
+def turns(number: int) -> Callable[[], str]:
+    """The texts in turn, each thread from another one on."""
+    return lambda texts=itertools.cycle(TEXTS[number:] + TEXTS[:number]): next(texts)
+
+
+def test_threads_attend_while_the_caches_are_emptied():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 6, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = {text: attend(q, k, v, text, backend="reference") for text in TEXTS}
+
+    def attending(number: int) -> Callable[[], None]:
+        following = turns(number)
+
+        def work() -> None:
+            text = following()
+            for backend in ("auto", "dense"):
+                torch.testing.assert_close(attend(q, k, v, text, backend=backend), expected[text], atol=1e-11, rtol=1e-9)
+
+        return work
+
+    at_once(*map(attending, range(THREADS)), rounds=12, beside=regard.clear_caches)
+
+
+def test_threads_read_plan_and_mask_while_the_caches_are_emptied():
+    grid = (5, 6)
+    expected = {text: (repr(P.parse(text)), P.parse(text).mask(grid), plan(text, grid).as_dict()) for text in TEXTS}
+
+    def reading(number: int) -> Callable[[], None]:
+        following = turns(number)
+
+        def work() -> None:
+            text = following()
+            shown, mask, planned = expected[text]
+            pattern = P.parse(text)
+            assert repr(pattern) == shown
+            assert torch.equal(pattern.mask(grid), mask)
+            assert int(pattern.degree(grid).sum()) == int(mask.sum())
+            assert plan(text, grid).as_dict() == planned
+
+        return work
+
+    at_once(*map(reading, range(THREADS)), rounds=10, beside=regard.clear_caches)
+    assert all(held.size <= held.most for held in regard.cache_info().values())

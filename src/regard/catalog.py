@@ -172,12 +172,10 @@ def mixer_rows(names: Sequence[str] | None = None, dim: int = WIDTH, heads: int 
     found: list[dict[str, Any]] = []
     for name in list_mixers() if names is None else names:
         text = sys.modules[mixer_class(name).__module__].__doc__ or ""
-        flat = " ".join(text.split())
-        cost = re.search(r"Cost: (.*?)\.(?: |$)", flat)
-        papers = ", ".join(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", flat)))
+        papers = ", ".join(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", text)))
         params = count_parameters(create_mixer(name, dim=dim, heads=heads))
         what = text.split(":")[0].strip()
-        found.append({"name": name, "params": params, "what": what, "cost": cost.group(1) if cost else "", "arxiv": papers})
+        found.append({"name": name, "params": params, "what": what, "cost": read_account(text).cost, "arxiv": papers})
     return found
 
 

@@ -217,6 +217,16 @@ def check_sizes(name: str, value: Any, rank: int | None = None, low: int = 1, hi
     return tuple(check_integer(f"{name}[{axis}]", entry, low, high) for axis, entry in enumerate(value))
 
 
+def check_per_axis(name: str, value: Any, rank: int, low: int = 1) -> tuple[int, ...]:
+    """Check a whole number for all axes, or one per axis, and return one per axis.
+
+    Raises:
+        TypeError, ValueError: see :func:`check_sizes`.
+    """
+    sizes = check_sizes(name, value, rank, low)
+    return sizes if isinstance(sizes, tuple) else (sizes,) * rank
+
+
 def check_grid(name: str, value: Any, low: int = 1, high: int = LARGEST) -> tuple[int, ...]:
     """Check a sequence of whole numbers, one per axis, at least one; returns them as a tuple.
 

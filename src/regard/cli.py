@@ -21,7 +21,7 @@ WRONG = (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError)
 
 
 class _Interrupts:
-    """Raises ``KeyboardInterrupt`` as ever and remembers it: some of what is interrupted makes another error of it."""
+    """Raises ``KeyboardInterrupt`` and remembers it: interrupted code may turn it into another error."""
 
     def __init__(self) -> None:
         self.came = False
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _open_streams() -> None:
-    """Closed streams say nothing, and what the encoding of one lacks is written as an escape."""
+    """Replace closed streams by empty ones, and write characters that an encoding lacks as escapes."""
     for name in ("stdin", "stdout", "stderr"):  # in order: a file that were opened instead would be written to by others
         stream = getattr(sys, name)
         if stream is None:
@@ -99,7 +99,7 @@ def _open_streams() -> None:
 
 
 def _problem(error: BaseException) -> str | None:
-    """The line that says what is wrong; None for an error of the program's own."""
+    """The message for a mistake of the user; None for an error of the program."""
     message = getattr(error, "format_message", None)  # of the command line's own parser
     if message is None and isinstance(error, RuntimeError) and "memory" in str(error):
         return f"regard: there is not enough memory for this: {str(error).strip().splitlines()[0]}"

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,9 +34,21 @@ app = typer.Typer(
 GOES_ON = ("demo", "compare")
 """Commands that keep what they have done."""
 
+
+def _count(words: str | None = None, low: int = 1, high: int = MOST) -> Any:
+    """An option that is a whole number; its help leaves out bounds that nobody meets."""
+
+    def within(value: int | None) -> int | None:
+        if value is not None and not low <= value <= high:
+            raise typer.BadParameter(f"it must be from {low} to {high}; got {value}")
+        return value
+
+    return typer.Option(help=words, callback=within)
+
+
 Out = Annotated[Path, typer.Option(help="Folder of the report.")]
 Runs = Annotated[Path, typer.Option(help="Folder where runs are kept; the same settings go on where they stopped.")]
-Seed = Annotated[int, typer.Option(help="Of the weights, the order and the augmentation.", min=0, max=SEEDS)]
+Seed = Annotated[int, _count("Of the weights, the order and the augmentation.", 0, SEEDS)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget earlier runs with these settings.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default cuda where there is one.")]
 
@@ -59,9 +71,7 @@ def options(
 @app.command()
 def demo(
     out: Out = Path("regard-report"),
-    epochs: Annotated[
-        int | None, typer.Option(help="Of each mixer; by default 16, or as many as fit.", min=1, max=MOST)
-    ] = None,
+    epochs: Annotated[int | None, _count("Of each mixer; by default 16, or as many as fit.")] = None,
     minutes: Annotated[float, typer.Option(help="Training takes at most about this long, if no epochs are given.")] = 3.5,
     seed: Seed = 0,
     runs: Runs = Path("regard-runs"),
@@ -84,10 +94,10 @@ def compare(
     data: Annotated[str, typer.Option(help="Image folder, parquet file or folder, name of a dataset, or 'embedded'.")],
     mixers: Annotated[str, typer.Option(help="Such as 'multi_head, window(window_size=7)'.")],
     model: Annotated[str, typer.Option(help="The backbone; see `regard models`.")] = "compact_nano",
-    epochs: Annotated[int, typer.Option(help="Of each mixer.", min=1, max=MOST)] = 10,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.", min=1, max=MOST)] = 64,
+    epochs: Annotated[int, _count("Of each mixer.")] = 10,
+    batch_size: Annotated[int, _count("Samples a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="At the end of the warm-up.")] = 2e-3,
-    limit: Annotated[int | None, typer.Option(help="Images of each split that are used.", min=1, max=MOST)] = None,
+    limit: Annotated[int | None, _count("Images of each split that are used.")] = None,
     size: Annotated[
         int | None, typer.Option(help="Side of the images; by default that of the first, at most 64.", min=8, max=1024)
     ] = None,
@@ -172,8 +182,8 @@ def systems(
 @app.command()
 def mixers(
     pattern: Annotated[str, typer.Argument(help="Shell-style, such as '*rout*'.")] = "*",
-    dim: Annotated[int, typer.Option(help="Channels, for the number of parameters.", min=1, max=65536)] = WIDTH,
-    heads: Annotated[int, typer.Option(help="Heads, for the number of parameters.", min=1, max=65536)] = HEADS,
+    dim: Annotated[int, _count("Channels, for the number of parameters.", 1, 65536)] = WIDTH,
+    heads: Annotated[int, _count("Heads, for the number of parameters.", 1, 65536)] = HEADS,
     as_json: Annotated[bool, typer.Option("--json", help="Print json instead of a table.")] = False,
 ) -> None:
     """Token mixers: what `create_mixer` and `mixer=` take, with parameters, cost and paper."""
@@ -211,9 +221,9 @@ def models(
 def plan(
     pattern: Annotated[str, typer.Argument(help="Such as 'neighborhood(7, dilation=2)' or 'axis(0) | axis(1)'.")],
     grid: Annotated[str, typer.Option(help="Tokens per axis, such as 56x56.")] = "56x56",
-    batch: Annotated[int, typer.Option(min=1, max=MOST)] = 1,
-    heads: Annotated[int, typer.Option(min=1, max=65536)] = 4,
-    head_dim: Annotated[int, typer.Option(min=1, max=65536)] = 32,
+    batch: Annotated[int, _count()] = 1,
+    heads: Annotated[int, _count(None, 1, 65536)] = 4,
+    head_dim: Annotated[int, _count(None, 1, 65536)] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="Where it would run; it need not exist here.")] = "cpu",
     bias: Annotated[bool, typer.Option("--bias", help="With a relative bias table.")] = False,
@@ -261,18 +271,14 @@ def explain(
             "model that averages its tokens that is little beside the place itself.",
         ),
     ] = False,
-    target: Annotated[
-        int | None, typer.Option(help="That class, with --relevance; the most probable by default.", min=0, max=MOST)
-    ] = None,
+    target: Annotated[int | None, _count("That class, with --relevance; the most probable by default.", 0)] = None,
     layers: Annotated[str, typer.Option(help="Shell-style pattern of module paths.")] = "*",
     size: Annotated[int | None, typer.Option(help="Side of the square that the model sees.", min=16, max=1024)] = None,
     normalise: Annotated[
         str,
         typer.Option(help="imagenet, half (-1..1), clip, regard, or auto: as a folder of transformers says or imagenet."),
     ] = "auto",
-    classes: Annotated[
-        int | None, typer.Option(help="Of the checkpoint, where not the published number.", min=0, max=1 << 24)
-    ] = None,
+    classes: Annotated[int | None, _count("Of the checkpoint, where not the published number.", 0, 1 << 24)] = None,
     out: Annotated[Path, typer.Option(help="Two files are written: with .png and .html appended.")] = Path("regard-explain"),
 ) -> None:
     """Where a model looks on a photograph: a PNG, and a page with all heads."""
@@ -368,40 +374,47 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes, to see that ev
 RESULTS = Path("benchmarks/results")
 
 
-@bench.command()
-def ops(
-    cases: Annotated[
-        list[str] | None, typer.Argument(help="Of neighborhood, window, axes, routed, linear, natten, growth.")
-    ] = None,
-    threads: Threads = "1,2",
-    peers: Peers = "here",
-    install: Install = False,
-    out: Results = RESULTS,
-    minutes: Minutes = 120.0,
-    fresh: Anew = False,
-    smoke: Smoke = False,
-) -> None:
-    """Operators against their peers, and how their cost grows with the number of tokens."""
-    from .bench import running
+def _measuring(job: str) -> Callable[..., None]:
+    """A command that runs a function of :mod:`regard.bench.running`."""
 
-    _bench(running.bench_operators, cases, threads, peers, install, out, minutes, fresh, smoke)
+    def command(
+        cases: Annotated[list[str] | None, typer.Argument(help="Some of them; all by default.", show_default=False)] = None,
+        threads: Threads = "1,2",
+        peers: Peers = "here",
+        install: Install = False,
+        out: Results = RESULTS,
+        minutes: Minutes = 120.0,
+        fresh: Anew = False,
+        smoke: Smoke = False,
+    ) -> None:
+        from .bench import running
+        from .bench.cases import Scope
+        from .bench.peers import choose_peers, parse_peers
+
+        if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", threads):
+            raise ValueError(f"threads must be numbers from 1 to 999 joined by commas, such as 1,2; got {threads!r}")
+        _positive("minutes", minutes)
+        _check_folders(out=out)
+        scope = Scope(smoke, choose_peers(parse_peers(peers), install))
+        where = getattr(running, job)(
+            cases or [], out, scope=scope, threads_list=tuple(map(int, threads.split(","))), minutes=minutes, fresh=fresh,
+            tell=_tell,
+        )  # fmt: skip
+        print(f"results: {where}; `regard bench page` makes the page of them")
+
+    return command
 
 
-@bench.command("models")
-def bench_models(
-    backbones: Annotated[list[str] | None, typer.Argument(help="Of swin-t, dinat-t, biformer-t, vit-s.")] = None,
-    threads: Threads = "1,2",
-    peers: Peers = "here",
-    install: Install = False,
-    out: Results = RESULTS,
-    minutes: Minutes = 120.0,
-    fresh: Anew = False,
-    smoke: Smoke = False,
-) -> None:
-    """Inference and training step of backbones, against timm's and against dense attention, per image and per FLOP."""
-    from .bench import running
-
-    _bench(running.bench_backbones, backbones, threads, peers, install, out, minutes, fresh, smoke)
+bench.command(
+    "ops",
+    help="Operators against their peers, and how their cost grows with the number of tokens: neighborhood, window, axes, "
+    "routed, linear, natten, growth.",
+)(_measuring("bench_operators"))
+bench.command(
+    "models",
+    help="Inference and training step of backbones, against timm's and against dense attention, per image and per FLOP: "
+    "swin-t, dinat-t, biformer-t, vit-s.",
+)(_measuring("bench_backbones"))
 
 
 @bench.command()
@@ -414,25 +427,6 @@ def page(
 
     for path in write_page(results, out):
         print(path)
-
-
-def _bench(
-    measure: Callable[..., Path], chosen: list[str] | None, threads: str, peers: str, install: bool, out: Path, minutes: float,
-    fresh: bool, smoke: bool,
-) -> None:  # fmt: skip
-    from .bench.cases import Scope
-    from .bench.peers import choose_peers, parse_peers
-
-    if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", threads):
-        raise ValueError(f"threads must be numbers from 1 to 999 joined by commas, such as 1,2; got {threads!r}")
-    _positive("minutes", minutes)
-    _check_folders(out=out)
-    scope = Scope(smoke, choose_peers(parse_peers(peers), install))
-    where = measure(
-        chosen or [], out, scope=scope, threads_list=tuple(map(int, threads.split(","))), minutes=minutes, fresh=fresh,
-        tell=_tell,
-    )  # fmt: skip
-    print(f"results: {where}; `regard bench page` makes the page of them")
 
 
 def stopped(arguments: Sequence[str]) -> str:

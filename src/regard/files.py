@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and moved there in one step; damaged ones are set aside."""
+"""Files that are whole or absent: written under another name and renamed in one step; damaged files are set aside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WRITTEN: set[int] = set()
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, beside ``path``: it becomes ``path`` in one step at the end of the block, and vanishes if that fails.
+    """A temporary path to write to: it becomes ``path`` in one step at the end of the block, and vanishes if that fails.
 
     A reader, or a killed writer, never leaves half a file. Creates the folder, and removes what killed writers left there.
     """
@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_kept(path: Path, valid: Callable[[Any], bool], tell: Callable[[str], None]) -> Any:
-    """What :func:`write_json` wrote, or None; a file that is damaged, or holds something else, is set aside and told of.
+    """Read what :func:`write_json` wrote, or None; a damaged file is set aside and reported.
 
     Args:
         path: of the file.

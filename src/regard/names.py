@@ -1,7 +1,8 @@
-"""Names that nothing has: the ones that were perhaps meant."""
+"""Suggestions for names and options that do not exist."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from difflib import SequenceMatcher
@@ -71,6 +72,54 @@ def check_options(
     hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     listed = ", ".join(known) or "none"
     raise ValueError(f"{kind} {name} has no option {', '.join(map(str, unknown))}; {has} {listed}{hint}")
+
+
+def check_arguments(
+    kind: str, name: str, constructor: Callable[..., Any], values: Collection[Any], options: Collection[str], example: str = ""
+) -> None:
+    """Check that a constructor can be called with these values and options, as Python does, in one sentence.
+
+    Args:
+        kind: what it makes, such as a pattern.
+        name: of what it makes.
+        constructor: the class or function.
+        values: given by their places.
+        options: names of what is given by name.
+        example: of a call, for the error about what is missing.
+
+    Raises:
+        ValueError: too many values, an unknown option, one that is given twice or missing.
+    """
+    parameters = inspect.signature(constructor).parameters
+    if len(values) > len(parameters):
+        raise ValueError(f"{name} takes {', '.join(parameters) or 'no arguments'}; got {len(values)} values")
+    check_options(kind, name, options, parameters)
+    placed = list(parameters)[: len(values)]
+    if twice := [option for option in options if option in placed]:
+        raise ValueError(f"{name} got {', '.join(twice)} twice")
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in (*placed, *options)]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}{f', such as {example!r}' if example else ''}")
+
+
+def arguments_named(kind: str) -> Callable[[type[Any]], type[Any]]:
+    """Class decorator: wrong names of arguments are refused by :func:`check_arguments`, as things of that kind."""
+
+    def decorate(cls: type[Any]) -> type[Any]:
+        construct = cls.__init__
+
+        @functools.wraps(construct)
+        def __init__(self: Any, *values: Any, **options: Any) -> None:
+            try:
+                construct(self, *values, **options)
+            except TypeError:
+                check_arguments(kind, cls.__name__, cls, values, options)
+                raise  # a wrong kind of value
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:

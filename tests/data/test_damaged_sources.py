@@ -157,6 +157,7 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
 def test_fractions_are_scaled_or_refused() -> None:
     ramp = np.linspace(0, 1, 1600, dtype=np.float32).reshape(40, 40)
     expected = torch.from_numpy(np.rint(ramp.astype(np.float64) * 255)).to(torch.uint8).expand(3, 40, 40)
+    # bitwise: pixels are whole numbers
     assert torch.equal(decode_image(saved(Image.fromarray(ramp), "TIFF"), "a"), expected)
     assert torch.equal(decode_image(saved(Image.fromarray(ramp * 255), "TIFF"), "a"), expected)
     for wrong in (ramp - 0.5, ramp * 65535, np.where(ramp > 0.5, np.nan, ramp), np.where(ramp > 0.5, np.inf, ramp)):

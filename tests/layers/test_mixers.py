@@ -661,6 +661,7 @@ def test_attention_dropout_acts_in_training_only():
     [
         (lambda: create_mixer("neighbourhood", dim=16, heads=2), "did you mean neighborhood"),
         (lambda: create_mixer("xyz", dim=16, heads=2), "'xyz'; there are aggregated, axial, .*, strip, window$"),
+        (lambda: create_mixer("window", 64, 3), r"options of a mixer are named, such as .*'window', dim=64.*got int 64, int 3"),
         (lambda: create_mixer("window", dim=10, heads=4), "dim=10, heads=4"),
         (lambda: create_mixer("window", dim=16, heads=2, pad="zero"), "mask, token; got 'zero'"),
         (lambda: create_mixer("neighborhood", dim=16, heads=2, kernel_size=0), "kernel_size must be at least 1; got int 0"),
@@ -668,7 +669,10 @@ def test_attention_dropout_acts_in_training_only():
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=0), "topk must be -1 .* got 0"),
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, topk=1.5), "topk must be a whole number; got float 1.5"),
         (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=0), "regions must be at least 1; got int 0"),
-        (lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=(3,)), r"one per axis \(2\); got \(3,\)"),
+        (
+            lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=(3,)),
+            r"regions must be a number, or 2 of them, one per axis; got tuple \(3,\)",
+        ),
         (
             lambda: create_mixer("bi_level_routing", dim=16, heads=2, regions=2.5),
             "regions must be a whole number; got float 2.5",

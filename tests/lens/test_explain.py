@@ -164,7 +164,10 @@ def test_command_writes_a_picture_and_a_page_that_needs_nothing_else(tmp_path, c
         (("chelsea", "--model", f"{VIT}={{junk}}", "--rollout"), "cannot read"),
         (("chelsea", "--model", "{junk}", "--rollout"), "does not start with the name of a model"),
         (("chelsea", "--model", VIT, "--rollout", "--normalise", "none"), "normalise must be one of"),
-        (("chelsea", "--model", VIT, "--rollout", "--layers", "nowhere*"), "`layers` names none of it"),
+        (
+            ("chelsea", "--model", VIT, "--rollout", "--layers", "nowhere*"),
+            "no layer that attends matches 'nowhere*'; there are blocks.0.",
+        ),
     ],
 )
 def test_what_the_user_got_wrong_is_one_line(tmp_path, capsys, arguments, message) -> None:

@@ -72,6 +72,8 @@ def test_names_are_registered_once():
         ({"mixer": []}, "at least one"),
         ({"pad": "reflect"}, "pad must be 'mask', 'token' or 'timm'; got 'reflect'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be a finite number"),
+        ({"drop_path": 3}, "drop_path must be a finite number of at least 0.0 and below 1.0; got int 3"),
+        ({"mlp_ratio": -1.5}, "mlp_ratio must be a finite number of at least 0.0; got float -1.5"),
         ({"num_classes": -1}, "num_classes must be at least 0; got int -1"),
     ],
 )

@@ -234,7 +234,7 @@ def test_one_set_of_weights_serves_any_number_of_compressed_tokens():
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(outputs, 2))
     with pytest.raises(ValueError, match=r"size must be at least 1; got int 0"):
         model.set_size(0)
-    with pytest.raises(ValueError, match=r"one per axis of a grid of 1 to 3 axes \(5, 5\); got \(2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"a number, or 2 of them, one per axis; got tuple \(2, 2, 2\)"):
         model.set_size((2, 2, 2))
 
 

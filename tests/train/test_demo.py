@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from regard import lens
-from regard.compare import Settings, parse_mixers
+from regard.compare import Study, parse_mixers
 from regard.compare.contenders import DEMO
 from regard.compare.demo import DEMO_RECIPE, demo
-from regard.compare.study import compare, look, train_one
+from regard.compare.study import look, train_one
 from regard.data import photo_crops
 from regard.train import Recipe
 
@@ -90,20 +90,20 @@ def test_finished_runs_are_not_repeated(miniature) -> None:
 
 def test_a_mixer_more_is_trained_alone_and_all_are_measured_side_by_side(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("regard.compare.study.measure", lambda outcomes, _: [o.numbers.update(of=3) for o in outcomes])
-    two = settings(tmp_path)
+    two = study()
     told: list[str] = []
-    compare(two, progress=False)
-    three = replace(two, contenders=[*two.contenders, *parse_mixers("identity")])
-    found = compare(three, progress=False, tell=told.append)
+    two.run(tmp_path, progress=False)
+    three = replace(two, mixers=[*two.mixers, *parse_mixers("identity")])
+    found = three.run(tmp_path, progress=False, tell=told.append)
     assert told[-1].startswith("measuring")
     assert ["kept from an earlier run" in line for line in told] == [True, True, False, False, False]
     assert [one.numbers for one in found] == [{"of": 3}] * 3
 
 
 def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, monkeypatch) -> None:
-    from regard.train.module import Classifier
+    from regard.train.classify import Classifier
 
-    chosen = settings(tmp_path, recipe=Recipe(epochs=3, batch_size=8))
+    chosen = study(recipe=Recipe(epochs=3, batch_size=8))
     step = Classifier.training_step
     told: list[str] = []
 
@@ -116,7 +116,7 @@ def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, m
         monkeypatch.setattr(Classifier, "training_step", training_step)
         told.clear()
         with pytest.raises(KeyboardInterrupt):
-            compare(chosen, progress=False, tell=told.append)
+            chosen.run(tmp_path, progress=False, tell=told.append)
 
     trains = "window: training for 3 epochs"
     interrupt(0)
@@ -127,7 +127,7 @@ def test_interrupted_training_says_what_is_kept_and_where_it_goes_on(tmp_path, m
     assert told == [trains, "window: goes on from an earlier run, after 1 epoch of 3", "window: kept after 2 epochs of 3"]
     monkeypatch.setattr(Classifier, "training_step", step)
     monkeypatch.setattr("regard.compare.study.measure", lambda *_: None)
-    found = compare(chosen, progress=False, tell=told.append)
+    found = chosen.run(tmp_path, progress=False, tell=told.append)
     assert "window: goes on from an earlier run, after 2 epochs of 3" in told
     assert [entry["epoch"] for entry in found[0].history] == [1, 2, 3]
 
@@ -148,37 +148,37 @@ def test_demo_that_must_be_short_keeps_the_epochs_it_chose(tmp_path) -> None:
     assert "1 epochs" not in text + "".join(told)
 
 
-def settings(folder, **changes) -> Settings:
+def study(**changes) -> Study:
     data = photo_crops(16, names=("chelsea", "coffee", "china"), repeats=1, across=3)
-    options = {"recipe": Recipe(epochs=1, batch_size=8), "runs": folder} | changes
-    return Settings(data, parse_mixers("window,multi_head"), **options)
+    options = {"recipe": Recipe(epochs=1, batch_size=8)} | changes
+    return Study(data, parse_mixers("window,multi_head"), **options)
 
 
 def test_other_settings_are_another_run(tmp_path) -> None:
-    base = settings(tmp_path)
-    window, dense = base.contenders
+    base = study()
+    window, dense = base.mixers
     others = [
-        settings(tmp_path, recipe=Recipe(epochs=2, batch_size=8)).folder(window),
-        settings(tmp_path, recipe=Recipe(epochs=1, batch_size=8, seed=1)).folder(window),
-        settings(tmp_path, table={"depths": (1, 1)}).folder(window),
-        base.folder(dense),
+        study(recipe=Recipe(epochs=2, batch_size=8)).folder(tmp_path, window),
+        study(recipe=Recipe(epochs=1, batch_size=8, seed=1)).folder(tmp_path, window),
+        study(table={"depths": (1, 1)}).folder(tmp_path, window),
+        base.folder(tmp_path, dense),
     ]
-    assert len({base.folder(window), *others}) == 5
-    assert settings(tmp_path).folder(window) == base.folder(window)
+    assert len({base.folder(tmp_path, window), *others}) == 5
+    assert study().folder(tmp_path, window) == base.folder(tmp_path, window)
 
 
 def test_loaded_run_is_the_trained_model(tmp_path) -> None:
-    chosen = settings(tmp_path)
-    trained = train_one(chosen, chosen.contenders[0], progress=False)
-    loaded = train_one(chosen, chosen.contenders[0], progress=False)
+    chosen = study()
+    trained = train_one(chosen, chosen.mixers[0], tmp_path, progress=False)
+    loaded = train_one(chosen, chosen.mixers[0], tmp_path, progress=False)
     assert loaded.history == trained.history
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
 
 
 def test_backbones_share_all_weights_but_those_of_the_mixer(tmp_path) -> None:
-    chosen = settings(tmp_path)
-    first, second = (chosen.build(contender).state_dict() for contender in chosen.contenders)
+    chosen = study()
+    first, second = (chosen.build(contender).state_dict() for contender in chosen.mixers)
     outside = [name for name in first if ".mixer.op." not in name]
     assert outside == [name for name in second if ".mixer.op." not in name]
     assert all(torch.equal(first[name], second[name]) for name in outside)
@@ -187,15 +187,15 @@ def test_backbones_share_all_weights_but_those_of_the_mixer(tmp_path) -> None:
 def test_impossible_contender_costs_no_training(tmp_path) -> None:
     data = photo_crops(16, names=("chelsea", "coffee"), repeats=1, across=3)
     contenders = parse_mixers("window,bi_level_routing(regions=2,topk=9)")
-    chosen = Settings(data, contenders, Recipe(epochs=1), runs=tmp_path)
+    chosen = Study(data, contenders, Recipe(epochs=1))
     with pytest.raises(ValueError, match="topk"):
-        compare(chosen, progress=False)
+        chosen.run(tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
 
 
 def test_look_gives_the_weights_of_the_query_at_that_place(tmp_path) -> None:
-    chosen = settings(tmp_path)
-    model = chosen.build(chosen.contenders[1]).eval()
+    chosen = study()
+    model = chosen.build(chosen.mixers[1]).eval()
 
     class Named:
         label = "dense"
@@ -216,7 +216,7 @@ def test_look_gives_the_weights_of_the_query_at_that_place(tmp_path) -> None:
 
 
 def test_look_shows_all_calls_of_a_mixer_that_attends_twice(tmp_path) -> None:
-    chosen = settings(tmp_path)
+    chosen = study()
     (axial,) = parse_mixers("axial")
 
     class Named:
@@ -238,8 +238,8 @@ def test_on_the_demo_task_every_mixer_beats_no_mixing(tmp_path) -> None:
     Measured: identity 40.0 %, dense 50.4 %, window 48.8 %, neighborhood 45.5 %, bi-level routing 42.7 %.
     """
     recipe = replace(DEMO_RECIPE, epochs=8, seed=0)
-    chosen = Settings(photo_crops(64), parse_mixers(",".join(("identity", *MARGINS))), recipe, runs=tmp_path)
-    accuracy = {c.name: train_one(chosen, c, progress=False).accuracy for c in chosen.contenders}
+    chosen = Study(photo_crops(64), parse_mixers(",".join(("identity", *MARGINS))), recipe)
+    accuracy = {c.name: train_one(chosen, c, tmp_path, progress=False).accuracy for c in chosen.mixers}
     for name, margin in MARGINS.items():
         assert accuracy[name] >= accuracy["identity"] + margin, accuracy
         assert accuracy[name] >= 5 * chosen.data.chance, accuracy

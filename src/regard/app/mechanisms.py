@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import typing
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import nn
 from ..layers.mixers import create_mixer, list_mixers, mixer_class
 from ..layers.mixers.base import PatternMixer
 from ..ops.patterns import Ints, as_pattern
+from ..text import read_literal
 
 PATTERN = "any pattern"
 """The mechanism whose parameter is the text form of a pattern."""
@@ -80,8 +80,8 @@ class Field:
         if self.optional and text in ("", "None"):
             return None
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = read_literal(text)
+        except ValueError:
             value = None
         wanted = {"whole": "a whole number", "wholes": "a whole number, or two such as 3,7", "number": "a number"}[self.kind]
         if self.kind == "number" and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Measure: what attention costs, exactly and in time."""
+"""Measure the cost of attention: exact FLOPs and bytes, time and memory."""
 
 from .cost import Cost, LayerCost, count, visible_pairs
 

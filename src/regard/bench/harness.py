@@ -1,4 +1,4 @@
-"""Timing in one process: variants interleaved, medians and quartiles, errors beside them, results written after each case."""
+"""Timing in one process: interleaved variants, medians, quartiles and errors; results are written after each case."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def worst_error(results: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Run torch on so many threads."""
+    """Run torch with ``number`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

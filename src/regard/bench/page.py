@@ -266,7 +266,7 @@ def _time_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _reason(text: str) -> str:
-    """The beginning of a reason, without what would end a cell of a table."""
+    """The beginning of a reason, without characters that would end a table cell."""
     clean = " ".join(text.replace("|", "/").split())
     return clean if len(clean) <= 60 else clean[:57] + "..."
 
@@ -302,7 +302,7 @@ def _left_out(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plot_names(cases: Sequence[Case]) -> dict[str, str]:
-    """The plots of growth, and what they show."""
+    """The plots of growth and their description."""
     kinds = [("operators", False), ("mixers", True)]
     return {
         f"growth-{kind}-{quantity}.svg": f"{quantity.capitalize()} of {kind} over tokens"

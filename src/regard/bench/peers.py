@@ -1,4 +1,4 @@
-"""Other libraries to measure beside; none is a dependency, and none is installed unless that is asked for."""
+"""Other libraries to compare with; none is a dependency, and none is installed unless that is asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Peer:
-    """A library to measure beside.
+    """A library to compare with.
 
     Args:
         requirements: what pip installs, without dependencies; empty for what comes with torch.
@@ -75,7 +75,7 @@ def pip_command(names: Sequence[str]) -> list[str]:
 
 
 def choose_peers(names: Sequence[str] | None, install: bool = False) -> tuple[str, ...]:
-    """The peers to measure beside: those asked for, or those that are here.
+    """The peers to compare with: those asked for, or those that are here.
 
     Args:
         names: of :data:`PEERS`; None for those that are here.

@@ -49,7 +49,7 @@ def flops(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 class _Everywhere(AbstractContextManager):
-    """Where torch's counter books what it counts: under the total alone."""
+    """The module path for torch's counter: everything goes to the total."""
 
     parents = frozenset({"Global"})
 

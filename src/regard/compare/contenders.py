@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..layers.mixers import mixer_class
 from ..models.spec import MixerChoice
 from ..names import check_options, options_of
+from ..text import read_call, read_literal
 
 LABELS: dict[str, str] = {
     "multi_head": "dense",
@@ -84,30 +83,19 @@ def split_top_level(text: str) -> list[str]:
 
 def parse_mixer(text: str) -> Contender:
     """Read one mixer; see :func:`parse_mixers`."""
-    match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", text, flags=re.DOTALL)
-    if match is None:
-        raise ValueError(f"expected a mixer such as window or window(window_size=7); got {text!r}")
-    name, arguments = match.groups()
-    options = _options(text, arguments or "()")
-    _check_options(name, options)
+    try:
+        name, values, written = read_call(text)
+    except ValueError:
+        raise ValueError(f"expected a mixer such as window or window(window_size=7); got {text!r}") from None
+    try:
+        if values:
+            raise ValueError
+        options = {option: read_literal(node) for option, node in written.items()}
+    except ValueError:
+        raise ValueError(f"options of a mixer are written name=value, such as window(window_size=7); got {text!r}") from None
+    ours = ("dim", "heads", "device", "dtype")
+    check_options("mixer", name, options, [option for option in options_of(mixer_class(name)) if option not in ours])
     if options:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return Contender(f"{name}({shown})", (name, options), f"{name}({shown})")
     return Contender(name, USUAL.get(name, name), name)
-
-
-def _options(text: str, arguments: str) -> dict[str, Any]:
-    try:
-        call = ast.parse(f"f{arguments}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(f"options of a mixer are written name=value, such as window(window_size=7); got {text!r}") from None
-
-
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    constructor = mixer_class(name)
-    ours = ("dim", "heads", "device", "dtype")
-    allowed = [option for option in options_of(constructor) if option not in ours]
-    check_options("mixer", name, options, allowed)

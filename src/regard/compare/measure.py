@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..bench.harness import interleave
 from ..bench.usage import flops, peak_memory
-from ..models.backbone import count_parameters
 
-__all__ = ["flops", "latencies", "memory", "parameters", "peak_memory", "si"]
+__all__ = ["flops", "latencies", "memory", "peak_memory", "si"]
+
+ROUNDS = 31
+"""The most runs of each model that are timed: enough for quartiles."""
 
 
 def latencies(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 2.0) -> dict[str, dict[str, float]]:
@@ -21,36 +23,25 @@ def latencies(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float
 
     The models take turns, so that a machine that slows down slows all of them down.
 
+    Args:
+        models: by name.
+        images: what each is given.
+        seconds: for all of them together; each has five runs at least.
+
     Returns:
         ``latency_ms`` (median), ``latency_low_ms`` and ``latency_high_ms`` (quartiles), ``repeats``, of each.
     """
-    times: dict[str, list[float]] = {name: [] for name in models}
+
+    def forward(model: nn.Module) -> None:
+        model(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
+    runs = {name: partial(forward, model) for name, model in models.items()}
     with torch.inference_mode():
-        for model in models.values():
-            model(images)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-            for name, model in models.items():
-                _wait(images)
-                start = time.perf_counter()
-                model(images)
-                _wait(images)
-                times[name].append(1e3 * (time.perf_counter() - start))
-    results = {}
-    for name, measured in times.items():
-        low, middle, high = statistics.quantiles(measured, n=4)
-        results[name] = {
-            "latency_ms": middle,
-            "latency_low_ms": low,
-            "latency_high_ms": high,
-            "repeats": len(measured),
-        }
-    return results
-
-
-def _wait(images: Tensor) -> None:
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+        found = interleave(runs, ROUNDS, seconds / len(runs), least=5)
+    names = {"latency_ms": "ms", "latency_low_ms": "q1", "latency_high_ms": "q3", "repeats": "repeats"}
+    return {name: {key: each[short] for key, short in names.items()} for name, each in found.items()}
 
 
 def memory(model: nn.Module, images: Tensor) -> dict[str, float]:
@@ -67,10 +58,6 @@ def memory(model: nn.Module, images: Tensor) -> dict[str, float]:
     for work in (infer, step):  # caches of plans are filled before measuring
         work()
     return {"inference_bytes": peak_memory(infer, images.device), "training_bytes": peak_memory(step, images.device)}
-
-
-def parameters(model: nn.Module) -> int:
-    return count_parameters(model)
 
 
 def si(value: float, unit: str = "") -> str:

@@ -16,7 +16,7 @@ ERRORS = 2.0
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy measured on so many independent images, with one right and one wrong more: none is certain of few."""
+    """Standard error of an accuracy over n independent images, with one right and one wrong more: few images prove little."""
     share = (accuracy * images + 1) / (images + 2)
     return (share * (1 - share) / max(1, images)) ** 0.5
 

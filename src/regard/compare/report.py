@@ -1,4 +1,4 @@
-"""The report: one html file that needs nothing beside it."""
+"""The report: one self-contained html file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..train.telling import counted
 from . import figures
 from .measure import si
 from .noise import fastest, more_accurate, most_accurate, standard_error
-from .study import LARGE_SIZE, LATENCY_BATCH, Look, Outcome, Settings, results
+from .study import LARGE_SIZE, LATENCY_BATCH, Look, Outcome, Study, results
 
 STYLE = """
 :root { color: #1f2933; background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -79,7 +79,7 @@ LARGE_COLUMNS = (
 
 def write_report(
     folder: Path,
-    settings: Settings,
+    study: Study,
     outcomes: Sequence[Outcome],
     looks: Sequence[Look],
     photo: Tensor,
@@ -92,7 +92,7 @@ def write_report(
 
     Args:
         folder: created if absent.
-        settings, outcomes: what was compared and what came out.
+        study, outcomes: what was compared and what came out.
         looks, photo, queries: the attention maps, see :func:`regard.compare.figures.attention`.
         title: of the report.
         remark: a sentence under the title, such as why fewer epochs were run.
@@ -100,7 +100,7 @@ def write_report(
     Returns:
         The path of ``index.html``.
     """
-    found = results(settings, outcomes)
+    found = results(study, outcomes)
     write_json(folder / "results.json", found)
     picture = figures.attention(photo, looks, queries) if any(one.weights for one in looks) else None
     if picture is not None:

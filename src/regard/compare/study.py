@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,43 +19,74 @@ from .. import lens
 from ..bench.harness import processor
 from ..data import VisionData
 from ..files import read_kept, set_aside, write_json
+from ..models.backbone import count_parameters
 from ..models.checkpoints import load_checkpoint, save_checkpoint
 from ..models.registry import create_model
-from ..train.fitting import Recipe, fit, loaders
-from ..train.telling import Telling, counted
+from ..train.fitting import Recipe, fit
+from ..train.telling import Tell, Telling, counted
 from .contenders import Contender
-from .measure import flops, latencies, memory, parameters
+from .measure import flops, latencies, memory
 
 LATENCY_BATCH = 8
 LARGE_SIZE = 224
 
 
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
 @dataclass
-class Settings:
-    """What is compared, and on what.
+class Study:
+    """An experiment: backbones that differ only in their mixer, trained one way on one task, :meth:`run` in a folder.
 
     Args:
         data: the task.
-        contenders: the mixers.
+        mixers: what is compared.
+        recipe: how each is trained.
         model: a registered backbone.
         table: changes to its table.
-        recipe: how each is trained.
-        runs: where runs are kept; finished ones are not repeated.
         device: what to train and measure on.
         workers: processes that load images.
     """
 
     data: VisionData
-    contenders: Sequence[Contender]
+    mixers: Sequence[Contender]
     recipe: Recipe
     model: str = "compact_nano"
     table: Mapping[str, Any] = field(default_factory=dict)
-    runs: Path = Path("regard-runs")
     device: str = "cpu"
     workers: int = 0
 
+    def run(self, runs: Path, *, progress: bool = True, tell: Tell = silent) -> list[Outcome]:
+        """Train, or load, the model of every mixer and measure all of them side by side.
+
+        Args:
+            runs: where runs are kept; finished ones are not repeated.
+            progress: whether to show progress bars.
+            tell: is given a line when a model is finished.
+
+        Raises:
+            ValueError: a mixer that the backbone cannot be built with, or that cannot take images of this size.
+        """
+        probe = torch.zeros(2, 3, self.data.size, self.data.size)
+        for mixer in self.mixers:  # an impossible one must not cost the time of those before it
+            try:
+                model = self.build(mixer).eval()
+                with torch.inference_mode():
+                    model(probe)
+            except (ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
+                why = str(error).strip().splitlines() or [type(error).__name__]
+                raise ValueError(f"mixer {mixer.text} in {self.model}: {why[0]}") from error
+        outcomes = [train_one(self, mixer, runs, progress=progress, tell=tell) for mixer in self.mixers]
+        kept = self.measured(runs)
+        if not _was_measured(outcomes, kept, tell):
+            tell("measuring latency, memory and FLOPs side by side")
+            measure(outcomes, self)
+            write_json(kept, {outcome.name: outcome.numbers for outcome in outcomes})
+        return outcomes
+
     def build(self, contender: Contender) -> nn.Module:
-        """The backbone with this mixer. All contenders start from the same weights outside their mixers."""
+        """The backbone with this mixer. All start from the same weights outside their mixers."""
 
         def create(mixer: Any) -> nn.Module:
             torch.manual_seed(self.recipe.seed)
@@ -67,7 +97,7 @@ class Settings:
             model.load_state_dict(model.state_dict() | create("identity").state_dict())
         return model
 
-    def folder(self, contender: Contender) -> Path:
+    def folder(self, runs: Path, contender: Contender) -> Path:
         """Where the run of a mixer is kept: another folder for other settings, the same again for the same."""
         stated = {
             "data": self.data.fingerprint(),
@@ -77,14 +107,13 @@ class Settings:
             "recipe": asdict(self.recipe),
         }
         digest = hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:10]
-        return self.runs / f"{self.data.name}-{self.model}" / f"{contender.folder}-{digest}"
+        return runs / f"{self.data.name}-{self.model}" / f"{contender.folder}-{digest}"
 
-    @property
-    def measured(self) -> Path:
-        """Where it is kept what all of these cost side by side, here and with these versions."""
-        stated = {"runs": [self.folder(each).name for each in self.contenders], "device": self.device} | environment()
+    def measured(self, runs: Path) -> Path:
+        """File of the costs of all these models, measured together on this machine with these versions."""
+        stated = {"runs": [self.folder(runs, each).name for each in self.mixers], "device": self.device} | environment()
         digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:10]
-        return self.runs / f"{self.data.name}-{self.model}" / f"measured-{digest}.json"
+        return runs / f"{self.data.name}-{self.model}" / f"measured-{digest}.json"
 
 
 @dataclass
@@ -100,37 +129,9 @@ class Outcome:
     model: nn.Module
 
 
-def compare(settings: Settings, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None) -> list[Outcome]:
-    """Train, or load, every contender and measure all of them side by side.
-
-    Args:
-        settings: what to compare.
-        progress: whether to show progress bars.
-        tell: is given a line when a contender is finished.
-
-    Raises:
-        ValueError: a contender that the backbone cannot be built with, or that cannot take images of this size.
-    """
-    probe = torch.zeros(2, 3, settings.data.size, settings.data.size)
-    for contender in settings.contenders:  # an impossible one must not cost the time of those before it
-        try:
-            model = settings.build(contender).eval()
-            with torch.inference_mode():
-                model(probe)
-        except (ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
-            why = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"mixer {contender.text} in {settings.model}: {why[0]}") from error
-    outcomes = [train_one(settings, contender, progress=progress, tell=tell) for contender in settings.contenders]
-    if not _measured(outcomes, settings, tell):
-        tell("measuring latency, memory and FLOPs side by side")
-        measure(outcomes, settings)
-        write_json(settings.measured, {outcome.name: outcome.numbers for outcome in outcomes})
-    return outcomes
-
-
-def _measured(outcomes: Sequence[Outcome], settings: Settings, tell: Callable[[str], None]) -> bool:
-    """Take over what was measured of the same models on this machine; whether all of it is there."""
-    found = read_kept(settings.measured, lambda value: isinstance(value, dict), tell) or {}
+def _was_measured(outcomes: Sequence[Outcome], kept: Path, tell: Tell) -> bool:
+    """Take over earlier measurements of the same models on this machine; whether all are there."""
+    found = read_kept(kept, lambda value: isinstance(value, dict), tell) or {}
     if not all(isinstance(found.get(outcome.name), dict) for outcome in outcomes):
         return False
     for outcome in outcomes:
@@ -138,15 +139,13 @@ def _measured(outcomes: Sequence[Outcome], settings: Settings, tell: Callable[[s
     return True
 
 
-def train_one(
-    settings: Settings, contender: Contender, *, progress: bool = True, tell: Callable[[str], None] = lambda line: None
-) -> Outcome:
-    """Train one contender, go on with a run that was stopped, or load one that is finished; ``tell`` is told which.
+def train_one(study: Study, contender: Contender, runs: Path, *, progress: bool = True, tell: Tell = silent) -> Outcome:
+    """Train one mixer, go on with a run that was stopped, or load one that is finished; ``tell`` is given a line about it.
 
     Damaged files of the run are set aside, ``tell`` is given a sentence for each, and what they held is computed again.
     """
-    folder = settings.folder(contender)
-    model = settings.build(contender)
+    folder = study.folder(runs, contender)
+    model = study.build(contender)
     result, weights = folder / "result.json", folder / "model.safetensors"
     found = read_kept(result, _is_result, tell)
     if found is not None:
@@ -158,16 +157,16 @@ def train_one(
             found = None
     kept = found is not None
     if found is None:
-        torch.manual_seed(settings.recipe.seed)
+        torch.manual_seed(study.recipe.seed)
         clock = _Clock(folder / "seconds.json", tell)
-        telling = Telling(contender.label, settings.recipe.epochs, tell)
+        telling = Telling(contender.label, study.recipe.epochs, tell)
         try:
             if not progress:
-                tell(f"{contender.label}: training for {counted(settings.recipe.epochs, 'epoch')}")
+                tell(f"{contender.label}: training for {counted(study.recipe.epochs, 'epoch')}")
             with clock:
                 module = fit(
-                    model, settings.data, settings.recipe, folder, name=contender.label, progress=progress,
-                    workers=settings.workers, accelerator=settings.device, callbacks=[telling], tell=tell,
+                    model, study.data, study.recipe, folder, name=contender.label, progress=progress,
+                    workers=study.workers, accelerator=study.device, callbacks=[telling], tell=tell,
                 )  # fmt: skip
         except KeyboardInterrupt:
             tell(telling.stopped())
@@ -185,7 +184,7 @@ def train_one(
 class _Clock:
     """Wall time, added up over the runs that a training was stopped and resumed in."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, tell: Tell) -> None:
         self.path = path
         self.total: float = read_kept(path, _is_positive, tell) or 0.0
 
@@ -212,74 +211,22 @@ def _is_result(found: Any) -> bool:
     )
 
 
-def measure(outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """Fill in what each model costs, at the size it was trained at and at 224 x 224, all measured in turns."""
-    size = settings.data.size
+def measure(outcomes: Sequence[Outcome], study: Study) -> None:
+    """Measure the cost of each model, at the size it was trained at and at 224 x 224, all measured in turns."""
+    size = study.data.size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(LATENCY_BATCH, 3, size, size, generator=generator)
     large = torch.randn(1, 3, LARGE_SIZE, LARGE_SIZE, generator=generator)
-    images, large = images.to(settings.device), large.to(settings.device)
-    models = {outcome.name: outcome.model.to(settings.device) for outcome in outcomes}
+    images, large = images.to(study.device), large.to(study.device)
+    models = {outcome.name: outcome.model.to(study.device) for outcome in outcomes}
     small_times, large_times = latencies(models, images), latencies(models, large)
     for outcome in outcomes:
-        outcome.numbers |= {"parameters": parameters(outcome.model), **flops(outcome.model, images)}
+        outcome.numbers |= {"parameters": count_parameters(outcome.model), **flops(outcome.model, images)}
         outcome.numbers |= small_times[outcome.name] | memory(outcome.model, images)
         at_large = flops(outcome.model, large) | large_times[outcome.name] | memory(outcome.model, large)
         outcome.numbers |= {f"large_{key}": value for key, value in at_large.items()}
     for model in models.values():
         model.cpu()
-
-
-def fastest_threads(settings: Settings) -> int:
-    """One thread, or as many as torch would use: what a training step of the first contender is faster with here.
-
-    On a machine that is busy with other work, many small parallel regions wait for each other.
-    """
-    usual = torch.get_num_threads()
-    if settings.device != "cpu" or usual == 1:
-        return usual
-    batch = next(iter(loaders(settings.data, settings.recipe)[0]))
-    model = settings.build(settings.contenders[0])
-    times = {}
-    try:
-        for threads in (usual, 1):
-            torch.set_num_threads(threads)
-            _training_step(model, batch)
-            start = time.perf_counter()
-            for _ in range(4):
-                _training_step(model, batch)
-            times[threads] = time.perf_counter() - start
-    finally:
-        torch.set_num_threads(usual)
-    return min(times, key=lambda threads: times[threads])
-
-
-def epochs_that_fit(settings: Settings, seconds: float) -> int:
-    """The recipe's epochs, or fewer if training all contenders that long would take more than ``seconds`` here.
-
-    Times a few steps of each contender; at least one epoch.
-    """
-    total = 0.0
-    for contender in settings.contenders:
-        model = settings.build(contender).to(settings.device)
-        train, val = loaders(settings.data, settings.recipe)
-        steps = []
-        for index, batch in enumerate(train):
-            start = time.perf_counter()
-            _training_step(model, [part.to(settings.device) for part in batch])
-            if index > 0:  # the first one plans and allocates
-                steps.append(time.perf_counter() - start)
-            if len(steps) == 5:
-                break
-        per_step = statistics.median(steps) if steps else 0.0
-        total += per_step * (len(train) + 0.8 * len(val))  # validation: twice the samples, no backward pass
-    overhead = 1.15  # the optimiser, the samples, checkpoints
-    return max(1, min(settings.recipe.epochs, int(seconds / max(overhead * total, 1e-9))))
-
-
-def _training_step(model: nn.Module, batch: Sequence[Tensor]) -> None:
-    images, labels = batch
-    torch.nn.functional.cross_entropy(model(images), labels).backward()
 
 
 @dataclass(frozen=True)
@@ -336,24 +283,24 @@ def environment() -> dict[str, str]:
     }
 
 
-def results(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def results(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Everything that was found, ready for json. All but times, memory and ``environment`` depends on the seed only."""
     return {
         "environment": environment(),
         "data": {
-            "name": settings.data.name,
-            "description": settings.data.description,
-            "fingerprint": settings.data.fingerprint(),
-            "classes": list(settings.data.classes),
-            "train": len(settings.data.train),
-            "val": len(settings.data.val),
-            "held_out_images": len(settings.data.val.images),
-            "size": settings.data.size,
-            "chance": settings.data.chance,
+            "name": study.data.name,
+            "description": study.data.description,
+            "fingerprint": study.data.fingerprint(),
+            "classes": list(study.data.classes),
+            "train": len(study.data.train),
+            "val": len(study.data.val),
+            "held_out_images": len(study.data.val.images),
+            "size": study.data.size,
+            "chance": study.data.chance,
         },
-        "model": settings.model,
-        "table": dict(settings.table),
-        "recipe": asdict(settings.recipe),
+        "model": study.model,
+        "table": dict(study.table),
+        "recipe": asdict(study.recipe),
         "latency_batch": LATENCY_BATCH,
         "large_size": LARGE_SIZE,
         "mixers": [
@@ -366,6 +313,6 @@ def results(settings: Settings, outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 **outcome.numbers,
                 "history": outcome.history,
             }
-            for contender, outcome in zip(settings.contenders, outcomes, strict=True)
+            for contender, outcome in zip(study.mixers, outcomes, strict=True)
         ],
     }

@@ -1,4 +1,4 @@
-"""What the columns of a data set may be called, in parquet files and for `datasets` alike, and what they may hold."""
+"""Names and contents that the columns of a data set may have, in parquet files and for `datasets` alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = (
 )  # fmt: skip
 """Names of columns of classes."""
 MOST_CLASSES = 100_000
-"""Of a data set: what numbers of classes may go up to."""
+"""The largest class number of a data set."""
 
 
 def choose_column(kind: str, wanted: Sequence[str], there: Iterable[str], where: str) -> str:

@@ -1,4 +1,4 @@
-"""Image folders: which files are samples, and what systems and programs leave behind."""
+"""Image folders: which files are samples, and which are leftovers of systems and programs."""
 
 from __future__ import annotations
 

@@ -254,11 +254,11 @@ DILATED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
-"""The (kernel size, dilation) of the branches beside each large kernel, as OverLoCK has them."""
+"""The (kernel size, dilation) of the small branches of each large kernel, as OverLoCK has them."""
 
 
 class DilatedConvNorm(nn.Module):
-    """A large depthwise kernel and smaller dilated ones beside it, each with its batch norm, summed.
+    """A large depthwise kernel and smaller dilated ones, each with its batch norm, summed.
 
         y = norm(large(x)) + sum_i norm_i(dilated_i(x))
 

@@ -7,6 +7,8 @@ replaced or listens to is called like any module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -30,6 +32,19 @@ def linear_part(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
         return layer(x)[..., first:last]
     bias = None if layer.bias is None else layer.bias[first:last]  # type: ignore[index]
     return affine(x, layer.weight[first:last], bias)  # type: ignore[index]
+
+
+def project_qkv(layer: nn.Module, x: Tensor, context: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of ``x``, keys and values of ``context``, from one layer with as many outputs as the three ``widths`` together.
+
+    Of an ``x`` that is the ``context`` all three come from one product.
+    """
+    if context is x:
+        q, k, v = linear(layer, x).split(tuple(widths), -1)
+        return q, k, v
+    q = linear_part(layer, x, 0, widths[0])
+    k, v = linear_part(layer, context, widths[0], sum(widths)).split(tuple(widths[1:]), -1)
+    return q, k, v
 
 
 class Chain(nn.Sequential):

@@ -1,4 +1,4 @@
-"""Channel mixers: what a block does to each token, ``(batch, *grid, dim) -> (batch, *grid, dim)``."""
+"""Channel mixers: the part of a block that works on each token alone, ``(batch, *grid, dim) -> (batch, *grid, dim)``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_sizes, check_tensor, checked
+from ..checks import check_per_axis, check_tensor, checked
 from ..ops import attend
 from ..ops.calls.footprint import Footprint
 from ..ops.patterns import Ints
@@ -31,11 +31,9 @@ ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adapt
 
 def sizes_of(grid: Sequence[int], size: Ints) -> tuple[int, ...]:
     """A size per axis of a grid that has between 1 and 3 axes."""
-    checked_size = check_sizes("size", size)
-    sizes = checked_size if isinstance(checked_size, tuple) else (checked_size,) * len(grid)
-    if len(sizes) != len(grid) or not 1 <= len(grid) <= 3:
-        raise ValueError(f"expected a size of at least 1, or one per axis of a grid of 1 to 3 axes {tuple(grid)}; got {size}")
-    return sizes
+    if not 1 <= len(grid) <= 3:
+        raise ValueError(f"expected a grid of 1 to 3 axes; got {tuple(grid)}")
+    return check_per_axis("size", size, len(grid))
 
 
 def adaptive_pool(x: Tensor, size: Ints) -> Tensor:

@@ -1,4 +1,4 @@
-"""Position encodings: learned biases over relative offsets, and what is added to tokens, queries and keys."""
+"""Position encodings: learned biases over relative offsets, and terms added to tokens, queries and keys."""
 
 from __future__ import annotations
 

@@ -164,6 +164,7 @@ def explain(
         if query is not None:
             with capture(model, rows=[query], layers=layers, kinds="attention") as maps:
                 output = model(images)
+            check_layers(maps, model, images, layers)
             found = on_image(maps)
             names = layer_names(found)
             for name, each in zip(names, found, strict=True):
@@ -178,6 +179,7 @@ def explain(
         if with_rollout:
             with capture(model, layers=layers, kinds="attention", lazy=True) as maps:
                 output = model(images)
+            check_layers(maps, model, images, layers)
             check_weights(maps)
             panels.append(_followed("rollout", rollout(maps, start=query), images, query))
         if query is None and not with_rollout:
@@ -186,10 +188,21 @@ def explain(
         if target is not None and _logits(output, model) is None:
             raise ValueError(f"target is a class, and this model has no classes: leave it out; got {target}")
         maps = backward(model, images, target, layers=layers)
+        check_layers(maps, model, images, layers)
         check_weights(maps)
         about = "" if target is None else f", class {target}"
         panels.append(_followed(f"relevance{about}", relevance_of(maps, query), images, query))
     return Explanation(title or type(model).__name__, photo, answer(output, model), panels, heads)
+
+
+def check_layers(maps: Sequence[Map], model: nn.Module, images: Tensor, layers: str | Sequence[str]) -> None:
+    """Raise ``ValueError`` that lists the layers there are, where ``layers`` names none of those that attend."""
+    if maps or layers == "*":
+        return
+    with torch.no_grad(), capture(model, rows=[0], kinds="attention") as every:
+        model(images)
+    names = list(dict.fromkeys(found.name for found in every))
+    raise ValueError(f"no layer that attends matches {layers!r}; there are {', '.join(names) or 'none'}")
 
 
 def on_image(maps: Maps | Sequence[Map]) -> list[Map]:

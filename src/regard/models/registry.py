@@ -26,6 +26,8 @@ from .spec import BackboneSpec, MixerChoice
 
 LOWEST = {"shared": 0, "routed": 0, "prune_at": 0, "reduce_at": 0}
 """Options of tables that may be smaller than 1: counts of heads that may be none, and numbers of blocks."""
+RATES = ("drop_path", "drop", "attn_drop", "proj_drop")
+"""Options of tables that are probabilities."""
 _CARDS: dict[str, ModelCard] = {}
 
 
@@ -130,6 +132,11 @@ def create_model(
         raise ValueError(f"out_indices goes with features_only=True; got {shown(out_indices)}")
     if out_indices is not None and out_indices not in ([], ()):  # none at all is answered with the stages there are
         check_grid("out_indices", out_indices, -LARGEST)
+    for option, value in table.items():  # here, since models multiply and divide them
+        if option in RATES:
+            check_number(option, value, 0.0, below=1.0)
+        elif option.endswith("_ratio") and isinstance(value, (int, float)):
+            check_number(option, value, 0.0)
     spec = checked(**LOWEST)(card.table)(**table)
     if mixer is not None:
         spec = spec.with_mixer(mixer)

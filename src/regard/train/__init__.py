@@ -9,7 +9,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f'training needs {error.name}; pip install "regard[train]"') from error
 
+from .classify import Classifier
 from .fitting import Recipe, fit
-from .module import Classifier
 
 __all__ = ["Classifier", "Recipe", "fit"]

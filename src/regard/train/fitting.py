@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..data import EpochSampler, ResumableLoader, VisionData
 from ..files import alone_in
-from .module import Classifier
+from .classify import Classifier
 from .resume import RunFiles, resumable
 
 
@@ -77,7 +77,7 @@ class KeepRandomState(L.Callback):
 
 
 class NamedProgressBar(RichProgressBar):
-    """A progress bar that says what is being trained; it disappears when the model is done."""
+    """A progress bar with the name of the model; it disappears when the model is done."""
 
     def __init__(self, name: str) -> None:
         super().__init__(leave=False)

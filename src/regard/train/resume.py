@@ -29,7 +29,7 @@ _PARTS = frozenset(
 
 
 class RunFiles(CheckpointIO):
-    """How Lightning writes and reads the checkpoints of a run; a new one leaves that before it beside it.
+    """Write and read the checkpoints of a run for Lightning; the checkpoint before the last one is kept.
 
     Args:
         settings: what the run depends on, in short; it is written into each.
@@ -94,7 +94,7 @@ def _check_fit(checkpoint: Mapping[str, Any], module: nn.Module, path: Path, set
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write what a checkpoint holds: tensors, numbers, texts, and lists, tuples and dictionaries of these.
+    """Write the content of a checkpoint: tensors, numbers, texts, and lists, tuples and dictionaries of these.
 
     Raises:
         TypeError: it holds something else; says where.
@@ -139,7 +139,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """A value as json; what json does not know is a list that begins with its kind, and tensors are kept aside."""
+    """Encode a value for json: other kinds become a list that begins with the kind, and tensors are collected."""
     if value is None or isinstance(value, (bool, str)) or type(value) in (int, float):
         return value
     if isinstance(value, (np.bool_, np.integer, np.floating)):

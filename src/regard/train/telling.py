@@ -1,4 +1,4 @@
-"""What a training says of itself: where it goes on, and what is kept when it is stopped."""
+"""Messages of a training run: where it goes on, and how much is kept when it is stopped."""
 
 from __future__ import annotations
 

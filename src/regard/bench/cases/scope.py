@@ -1,4 +1,4 @@
-"""What all cases are given, and what they share."""
+"""The settings and helpers of all cases."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def gradients_against_definition(
 
 
 def compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention, compiled. Every case compiles it anew; beyond torch's limit it would run uncompiled without a word."""
+    """FlexAttention, compiled for each case; beyond torch's limit it would run uncompiled without a word."""
     from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention
 

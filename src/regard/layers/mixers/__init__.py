@@ -2,7 +2,7 @@
 
 from .aggregated import AggregatedAttention, CosineAttention
 from .axial import AxialAttention
-from .base import AttentionMixer, PatternMixer, SplitMixer
+from .base import AttentionMixer, PatternMixer, SplitMixer, TokenMixer
 from .bi_level_routing import BiLevelRoutingAttention
 from .cascaded_group import CascadedGroupAttention
 from .channel_group import ChannelGroupAttention
@@ -62,6 +62,7 @@ __all__ = [
     "SparsifinerAttention",
     "SplitMixer",
     "StripAttention",
+    "TokenMixer",
     "WindowAttention",
     "collect_balance",
     "create_mixer",

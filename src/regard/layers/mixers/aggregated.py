@@ -20,10 +20,10 @@ from ...ops import Source
 from ...ops import patterns as P
 from ...ops.calls.source import HeadTable
 from ...ops.local.kernels import apply_kernel
-from ..linear import Chain, linear
+from ..linear import Chain
 from ..pools import PoolKV
 from ..positions import PooledOffsetMLP
-from .base import AttentionMixer, SplitMixer, check_tokens
+from .base import AttentionMixer, SplitMixer
 from .registry import register_mixer
 
 
@@ -42,7 +42,7 @@ class LengthScale(nn.Module):
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), start, device=device, dtype=dtype))
 
     def forward(self, q: Tensor, keys: Tensor | int) -> Tensor:
-        """Scale unit queries ``(batch, *grid, heads, head_dim)`` that see so many keys, a number or ``(*grid)``."""
+        """Scale unit queries ``(batch, *grid, heads, head_dim)`` by the ``keys`` they see, a number or ``(*grid)``."""
         kind = torch.promote_types(q.dtype, torch.float32)
         log = math.log(keys) if isinstance(keys, int) else keys.to(kind).log().to(q.dtype)[..., None, None]
         return (q + self.query_embedding.squeeze(1)) * F.softplus(self.temperature).squeeze(1) * log
@@ -83,7 +83,7 @@ class CosineAttention(AttentionMixer):
 
 @register_mixer("aggregated")
 class AggregatedAttention(SplitMixer):
-    """Attention to a window around each token and to the pooled map at once, and a learned local term beside it.
+    """Attention to a window around each token and to the pooled map at once, plus a learned local term.
 
     Keys and values of the window and of pooled tokens come from one layer. The local term is added after the softmax: what a
     neighbour gets in all may be negative or more than 1. ``extra`` tokens are seen beside both, and see every token.
@@ -99,6 +99,8 @@ class AggregatedAttention(SplitMixer):
         ValueError: an even window; input that is not a map of the right width; a context on another grid.
     """
 
+    rank = 2
+    one_grid = True
     settled: ClassVar[tuple[str, ...]] = ("scale",)
 
     @checked()
@@ -149,10 +151,8 @@ class AggregatedAttention(SplitMixer):
         return HeadTable(self.local_bias.unflatten(-1, (self.window_size, self.window_size)), self.pattern)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
-        check_tokens(self.dim, 2, x, extra, context)
+        self.check_tokens(x, extra, context)
         seen = x if context is None else context
-        if seen.shape != x.shape:
-            raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(seen.shape)}")
         q, k, v = self.project(x, seen)
         pooled_k, pooled_v = self.project_keys(self.pool(seen))
         bias = self.cpb(q.shape[1:3], pooled_k.shape[1:3], self.trained_grid)
@@ -173,4 +173,4 @@ class AggregatedAttention(SplitMixer):
             return y
         scaled = self.length_scale(extra_q, math.prod(k.shape[1:-2]) + extra_k.shape[1])
         y_extra = self.weigh_heads(self.attend(scaled, [Source(k, v, P.Dense()), *others]), extra, extra_q)
-        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))
+        return y, self.project_out(y_extra.flatten(-2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,51 @@ from torch import Tensor, nn
 from ...checks import LARGEST, check_choice, check_integer, check_number, check_tensor, checked
 from ...ops import Source, attend
 from ...ops.backends.choice import BACKENDS
-from ...ops.patterns import Dense, Ints, Pattern
-from ..linear import linear, linear_part
+from ...ops.patterns import Dense, Pattern
+from ..linear import linear, project_qkv
 from ..positions import OffsetBias, RotaryPositions
 
 
-class AttentionMixer(nn.Module):
+class TokenMixer(nn.Module):
+    """Base of all token mixers ``(batch, *grid, dim) -> (batch, *grid, dim)``: checks of sizes and of tokens.
+
+    Args:
+        dim, heads: channels, and the heads that share them.
+        head_dim: channels of a head; ``dim // heads`` by default.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``heads`` and no ``head_dim`` is given.
+    """
+
+    rank: int | None = None
+    """Grid axes that a mechanism is made for; None for any number."""
+    joins_extra: ClassVar[bool] = True
+    """Whether tokens outside the grid see its tokens."""
+    one_grid: ClassVar[bool] = False
+    """Whether a context must lie on the grid of the tokens that look at it."""
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, dim: int, heads: int, head_dim: int | None = None) -> None:
+        super().__init__()
+        check_sizes_of(dim, heads, head_dim)
+        self.dim, self.heads = dim, heads
+
+    def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
+        """Check the inputs of the mixer, see :func:`check_tokens`."""
+        check_tokens(self.dim, self.rank, x, extra, context)
+        if self.one_grid and context is not None and context.shape != x.shape:
+            raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
+
+    def project_out(self, y: Tensor) -> Tensor:
+        """The last projection, of a mixer that has ``proj`` and ``proj_drop``."""
+        return self.proj_drop(linear(self.proj, y))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}"
+
+
+class AttentionMixer(TokenMixer):
     """Token mixer ``(batch, *grid, dim) -> (batch, *grid, dim)`` by softmax attention.
 
     A mechanism overrides :meth:`sources`. Tokens outside the grid (class, register, prompt) come as ``extra`` and see, and
@@ -39,9 +78,6 @@ class AttentionMixer(nn.Module):
         ValueError: ``dim`` is not a multiple of ``heads`` and no ``head_dim`` is given; input of another width or rank.
     """
 
-    rank: int | None = None
-    """Grid axes that a mechanism is made for; None for any number."""
-
     @checked()
     def __init__(
         self,
@@ -61,18 +97,13 @@ class AttentionMixer(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        check_integer("dim", dim, None)
-        check_integer("heads", heads, None)
-        if min(dim, heads) < 1 or (head_dim is None and dim % heads):
-            raise ValueError(f"dim must be a positive multiple of heads, or give head_dim; got dim={dim}, heads={heads}")
+        super().__init__(dim, heads, head_dim)
         for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             if size is not None:
                 check_integer(name, size, 1)
         if scale is not None:
             check_number("scale", scale)
-        check_number("attn_drop", attn_drop, 0.0, below=1.0)
-        self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
+        self.kv_heads = kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads; got heads={heads}, kv_heads={self.kv_heads}")
         self.head_dim = head_dim or dim // heads
@@ -94,7 +125,7 @@ class AttentionMixer(nn.Module):
 
     @property
     def factory(self) -> dict[str, Any]:
-        """Device and dtype of the parameters, for what a mechanism adds."""
+        """Device and dtype of the parameters, for further ones."""
         like = next(self.parameters())
         return {"device": like.device, "dtype": like.dtype}
 
@@ -137,12 +168,7 @@ class AttentionMixer(nn.Module):
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``context``: ``(batch, *grid, heads, width)``."""
-        if context is x:
-            q, k, v = linear(self.qkv, x).split(self.widths, -1)
-        else:
-            cut, total = self.widths[0], sum(self.widths)
-            q = linear_part(self.qkv, x, 0, cut)
-            k, v = linear_part(self.qkv, context, cut, total).split(self.widths[1:], -1)
+        q, k, v = project_qkv(self.qkv, x, context, self.widths)
         return (
             q.unflatten(-1, (self.heads, self.head_dim)),
             k.unflatten(-1, (self.kv_heads, self.head_dim)),
@@ -174,22 +200,18 @@ class AttentionMixer(nn.Module):
         y = self._out(self.weigh_heads(self.mix(x, q, k, v, [seen]), x, q), x, v, grid)
         y_extra = self.attend(extra_q, [Source(_crop(k, key_grid), _crop(v, key_grid), Dense()), seen])
         y_extra = self.weigh_heads(y_extra, extra, extra_q)
-        return y, self.proj_drop(linear(self.proj, y_extra.flatten(-2)))
-
-    def check_tokens(self, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
-        """See :func:`check_tokens`."""
-        check_tokens(self.dim, self.rank, x, extra, context)
+        return y, self.project_out(y_extra.flatten(-2))
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = self.padding(tuple(x.shape[1:-1]))
         return F.pad(x, [0, 0, *(n for pad in reversed(pads) for n in (0, pad))]) if any(pads) else x
 
     def _out(self, y: Tensor, x: Tensor, v: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return self.proj_drop(linear(self.proj, _crop(self.finish(y.flatten(-2), x, v), grid)))
+        return self.project_out(_crop(self.finish(y.flatten(-2), x, v), grid))
 
     def extra_repr(self) -> str:
         kv = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
-        return f"dim={self.dim}, heads={self.heads}{kv}"
+        return f"{super().extra_repr()}{kv}"
 
 
 class SplitMixer(AttentionMixer):
@@ -249,7 +271,7 @@ class PatternMixer(AttentionMixer):
 
 
 def check_tokens(dim: int, rank: int | None, x: Tensor, extra: Tensor | None = None, context: Tensor | None = None) -> None:
-    """Check what a mixer of ``dim`` channels is given, on a grid of ``rank`` axes (None for any number).
+    """Check the inputs of a mixer of ``dim`` channels, on a grid of ``rank`` axes (None for any number).
 
     Raises:
         TypeError: no tensor, or one that is not dense or not floating point.
@@ -279,20 +301,12 @@ def _layout_hint(shape: Sequence[int], dim: int, rank: int | None) -> str:
     return ""
 
 
-def check_sizes_of(dim: int, heads: int) -> None:
-    """Check channels and heads where each head has its share of the channels."""
+def check_sizes_of(dim: int, heads: int, head_dim: int | None = None) -> None:
+    """Check channels and heads, where each head has its share of the channels unless its width is given."""
     check_integer("dim", dim, 1)
     check_integer("heads", heads, 1)
-    if dim % heads:
+    if head_dim is None and dim % heads:
         raise ValueError(f"dim must be a positive multiple of heads; got dim={dim}, heads={heads}")
-
-
-def per_axis(value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
-    """A number, or one per axis, as one per axis of a grid."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
-    if len(values) != len(grid):
-        raise ValueError(f"expected a number or one per axis of the grid {tuple(grid)}; got {value}")
-    return values
 
 
 def _crop(x: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...checks import check_choice, checked
+from ...checks import check_choice, check_per_axis, checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.calls.heads import repeat_heads
@@ -59,9 +59,7 @@ class BiLevelRoutingAttention(AttentionMixer):
         super().__init__(dim, heads, **projections)
         self.rank = rank
         self.lepe = ValueConv(self.heads * self.value_dim, kernel_size, rank, **self.factory)
-        self.regions = tuple(regions) if isinstance(regions, Sequence) else (regions,) * rank
-        if len(self.regions) != rank or not all(isinstance(n, int) and n >= 1 for n in self.regions):
-            raise ValueError(f"regions must be at least 1, an integer or one per axis ({rank}); got {regions!r}")
+        self.regions = check_per_axis("regions", regions, rank)
         if not isinstance(topk, int) or (topk != -1 and not 1 <= topk <= math.prod(self.regions)):
             raise ValueError(f"topk must be -1 (all) or from 1 to {math.prod(self.regions)} regions; got {topk}")
         self.topk, self.pad = topk, check_choice("pad", pad, ("mask", "token"))

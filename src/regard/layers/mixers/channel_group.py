@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ...checks import checked
 from ...ops.channel import channel_attend
-from ..linear import linear, linear_part
-from .base import check_sizes_of, check_tokens
+from ..linear import project_qkv
+from .base import TokenMixer
 from .registry import register_mixer
 
 
 @register_mixer("channel_group")
-class ChannelGroupAttention(nn.Module):
+class ChannelGroupAttention(TokenMixer):
     """Attention of channels to the channels of their group; every token of the image takes part in the affinities.
 
     As in the published weights, the affinity is between what they call keys and values, and the queries are what is mixed.
@@ -48,33 +48,24 @@ class ChannelGroupAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        check_sizes_of(dim, heads)
-        self.dim, self.heads, self.scale = dim, heads, scale
+        super().__init__(dim, heads)
+        self.scale = scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``context``, sequences both: ``(batch, n, heads, width)``."""
-        if context is x:
-            q, k, v = linear(self.qkv, x).chunk(3, -1)
-        else:
-            q = linear_part(self.qkv, x, 0, self.dim)
-            k, v = linear_part(self.qkv, context, self.dim, 3 * self.dim).chunk(2, -1)
+        q, k, v = project_qkv(self.qkv, x, context, (self.dim,) * 3)
         return q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
         """Mix channels; arguments and results as for :class:`AttentionMixer`."""
-        check_tokens(self.dim, None, x, extra, context)
+        self.check_tokens(x, extra, context)
         count = x.shape[1:-1].numel()
         beside = [] if extra is None else [extra]
         tokens = torch.cat([x.flatten(1, -2), *beside], 1)
         q, k, v = self.project(tokens, tokens if context is None else torch.cat([context.flatten(1, -2), *beside], 1))
-        y = channel_attend(k, v, q, scale=self.scale).flatten(-2)
-        y = self.proj_drop(linear(self.proj, y))
+        y = self.project_out(channel_attend(k, v, q, scale=self.scale).flatten(-2))
         grid = y[:, :count].unflatten(1, x.shape[1:-1])
         return grid if extra is None else (grid, y[:, count:])
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}"

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import checked
+from ...checks import check_per_axis, checked
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.calls.footprint import Footprint
 from ...ops.tracing import fill
 from ..positions import OffsetEmbedding
-from .base import AttentionMixer, per_axis
+from .base import AttentionMixer
 from .registry import register_mixer
 
 
@@ -55,8 +55,8 @@ class HaloAttention(AttentionMixer):
         super().__init__(dim, heads, **projections)
         self.scale = self.head_dim**-0.5 if self.scale is None else self.scale  # the embedding widens the queries
         self.pattern = P.Halo(block_size, halo_size, border, stride)
-        axes = (0,) * rank
-        self.block, self.halo = per_axis(block_size, axes), per_axis(halo_size, axes)
+        self.block = check_per_axis("block_size", block_size, rank)
+        self.halo = check_per_axis("halo_size", halo_size, rank, 0)
         spans = tuple(b + 2 * h for b, h in zip(self.block, self.halo, strict=True))
         embedding = OffsetEmbedding(self.head_dim, self.pattern, spans, rank, **self.factory) if relative_embedding else None
         self.embedding = embedding

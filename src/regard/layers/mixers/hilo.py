@@ -19,7 +19,7 @@ from ...ops.calls.footprint import Footprint
 from ...ops.patterns import Dense
 from ...ops.tracing import fill
 from ..pools import PoolKV
-from .base import AttentionMixer, SplitMixer, check_sizes_of, check_tokens
+from .base import AttentionMixer, SplitMixer, TokenMixer
 from .registry import register_mixer
 from .window import WindowAttention
 
@@ -43,7 +43,7 @@ class PooledAttention(SplitMixer):
 
 
 @register_mixer("hilo")
-class HiLoAttention(nn.Module):
+class HiLoAttention(TokenMixer):
     """Heads for high frequencies in windows, heads for low frequencies over pooled tokens.
 
     Windows of one token leave nothing to pool: all heads are then dense attention.
@@ -68,11 +68,10 @@ class HiLoAttention(nn.Module):
     def __init__(
         self, dim: int, heads: int, window_size: int = 2, alpha: float = 0.5, *, pad: str = "mask", rank: int = 2, **projections
     ) -> None:
-        super().__init__()
-        check_sizes_of(dim, heads)
+        super().__init__(dim, heads)
         if not 0.0 <= alpha <= 1.0 or window_size < 1:
             raise ValueError(f"alpha must be from 0 to 1 and window_size at least 1; got {alpha=}, {window_size=}")
-        self.dim, self.heads, self.window_size, self.rank = dim, heads, window_size, rank
+        self.window_size, self.rank = window_size, rank
         self.pad = check_choice("pad", pad, ("mask", "token"))
         low = heads if window_size == 1 else int(heads * alpha)
         head_dim = dim // heads
@@ -120,7 +119,7 @@ class HiLoAttention(nn.Module):
         Returns:
             A tensor like ``x``, high frequencies first; with ``extra`` also one like it.
         """
-        check_tokens(self.dim, self.rank, x, extra, context)
+        self.check_tokens(x, extra, context)
         parts = [] if self.high is None else [self.high(x, extra, context=context)]
         if self.low is not None:
             parts.append(self.low(x, extra, context=self.pooled(x if context is None else context)))
@@ -130,4 +129,4 @@ class HiLoAttention(nn.Module):
         return torch.cat(y, -1), torch.cat(y_extra, -1)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}, window_size={self.window_size}"
+        return f"{super().extra_repr()}, window_size={self.window_size}"

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checks import checked
-from .base import AttentionMixer, check_sizes_of, check_tokens
+from .base import AttentionMixer, TokenMixer
 from .registry import register_mixer
 
 
 @register_mixer("identity")
-class IdentityMixer(nn.Module):
+class IdentityMixer(TokenMixer):
     """Returns what it is given.
 
     Args:
@@ -28,10 +28,8 @@ class IdentityMixer(nn.Module):
 
     @checked()
     def __init__(self, dim: int, heads: int = 1, **projections) -> None:
-        super().__init__()
-        check_sizes_of(dim, heads)
-        self.dim, self.heads = dim, heads
+        super().__init__(dim, heads)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, *, context: Tensor | None = None) -> Any:
-        check_tokens(self.dim, None, x, extra, context)
+        self.check_tokens(x, extra, context)
         return x if extra is None else (x, extra)

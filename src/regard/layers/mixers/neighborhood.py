@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...checks import check_choice, checked
+from ...checks import check_choice, check_per_axis, checked
 from ...ops import patterns as P
-from .base import PatternMixer, per_axis
+from .base import PatternMixer
 from .registry import register_mixer
 
 
@@ -57,5 +57,6 @@ class NeighborhoodAttention(PatternMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        sizes = zip(grid, per_axis(self.kernel_size, grid), per_axis(self.dilation, grid), strict=True)
-        return [max(kernel * dilation - n, 0) for n, kernel, dilation in sizes]
+        kernels = check_per_axis("kernel_size", self.kernel_size, len(grid))
+        dilations = check_per_axis("dilation", self.dilation, len(grid))
+        return [max(kernel * dilation - n, 0) for n, kernel, dilation in zip(grid, kernels, dilations, strict=True)]

@@ -19,12 +19,12 @@ from ...ops.local.kernels import fold_windows, unfold_windows
 from ...ops.tracing import check_fixed
 from ..linear import linear
 from ..pools import PoolKV
-from .base import check_sizes_of, check_tokens
+from .base import TokenMixer
 from .registry import register_mixer
 
 
 @register_mixer("outlook")
-class OutlookAttention(nn.Module):
+class OutlookAttention(TokenMixer):
     """Dynamic kernels from single tokens: no queries and keys, so that no pair of tokens is ever compared.
 
     Zeros stand outside the grid; they take part in the softmax. Each of the ``stride``-spaced windows is weighed by the mean
@@ -43,6 +43,7 @@ class OutlookAttention(nn.Module):
     """
 
     joins_extra = False
+    one_grid = True
 
     @checked()
     def __init__(
@@ -59,11 +60,11 @@ class OutlookAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        check_sizes_of(dim, heads)
+        super().__init__(dim, heads)
         if not 1 <= stride <= kernel_size:
             raise ValueError(f"stride must be from 1 to kernel_size; got {stride=}, {kernel_size=}")
-        self.dim, self.heads, self.kernel_size, self.stride, self.rank = dim, heads, kernel_size, stride, rank
+        self.kernel_size, self.stride = kernel_size, stride
+        self.rank: int = rank
         self.scale = (dim // heads) ** -0.5
         self.v = nn.Linear(dim, dim, bias=v_bias, device=device, dtype=dtype)
         self.pool = PoolKV("mean", stride)
@@ -89,9 +90,7 @@ class OutlookAttention(nn.Module):
         Returns:
             A tensor like ``x``; with ``extra`` also one like it.
         """
-        check_tokens(self.dim, self.rank, x, extra, context)
-        if context is not None and context.shape != x.shape:
-            raise ValueError(f"windows lie on one grid: expected a context {tuple(x.shape)}; got {tuple(context.shape)}")
+        self.check_tokens(x, extra, context)
         grid = tuple(x.shape[1:-1])
         check_fixed("outlook attention", grid)
         v = linear(self.v, x if context is None else context).unflatten(-1, (self.heads, -1))
@@ -100,8 +99,8 @@ class OutlookAttention(nn.Module):
         if WATCHERS:
             tell(self._weighing(weights, grid))
         mixed = self.attn_drop(weights) @ windows
-        y = self._out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
-        return y if extra is None else (y, self._out(linear(self.v, extra)))
+        y = self.project_out(fold_windows(mixed, grid, self.kernel_size, self.stride).flatten(-2))
+        return y if extra is None else (y, self.project_out(linear(self.v, extra)))
 
     def _weighing(self, weights: Tensor, grid: tuple[int, ...]) -> Weighing:
         """The weights of all windows together as weights of tokens: folding and unfolding are each other's adjoint."""
@@ -116,8 +115,5 @@ class OutlookAttention(nn.Module):
         moved = (weights.numel() + 2 * len(weights) * math.prod(grid) * self.dim) * weights.element_size()
         return Weighing("outlook", len(weights), self.heads, grid, grid, over_tokens, weights.device, flops=flops, bytes=moved)
 
-    def _out(self, y: Tensor) -> Tensor:
-        return self.proj_drop(linear(self.proj, y))
-
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, heads={self.heads}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}"

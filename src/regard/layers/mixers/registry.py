@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ...checks import check_text
+from ...checks import check_text, shown
 from ...names import check_options, options_of, unknown_name
 
 _MIXERS: dict[str, Callable[..., nn.Module]] = {}
@@ -25,7 +25,7 @@ def register_mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     return add
 
 
-def create_mixer(name: str, **arguments) -> nn.Module:
+def create_mixer(name: str, *values, **arguments) -> nn.Module:
     """Create a mixer by name.
 
     Args:
@@ -36,9 +36,12 @@ def create_mixer(name: str, **arguments) -> nn.Module:
 
     Raises:
         ValueError: unknown name or option, with the nearest matches; an option that is missing or out of bounds.
-        TypeError: an option of another kind.
+        TypeError: an option of another kind, or without its name.
     """
     constructor = mixer_class(name)
+    if values:
+        given = ", ".join(map(shown, values))
+        raise TypeError(f"options of a mixer are named, such as create_mixer({name!r}, dim=64, heads=4); got {given}")
     options = options_of(constructor)
     last = [option for option in ("dim", "heads", "device", "dtype") if option in options]
     check_options("mixer", name, arguments, [*(option for option in options if option not in last), *last])

@@ -31,9 +31,9 @@ class Sent(NamedTuple):
     """What one layer of reversed attention gives."""
 
     y: Tensor
-    """``(batch, n, dim)``: what each token received."""
+    """``(batch, n, dim)``: the message that each token received."""
     messages: Tensor
-    """``(batch, n)``: the logarithm of what is left of each token's message after this layer; it never grows."""
+    """``(batch, n)``: the logarithm of the rest of each token's message after this layer; it never grows."""
     dependencies: Tensor | None
     """``(batch, senders, receivers)``: how much each token sends to each, without gradient; rows sum to the message."""
 

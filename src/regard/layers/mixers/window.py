@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...checks import check_choice, checked
+from ...checks import check_choice, check_per_axis, checked
 from ...ops import patterns as P
 from ...ops.tracing import fill
-from .base import PatternMixer, per_axis
+from .base import PatternMixer
 from .registry import register_mixer
 
 
@@ -49,4 +49,4 @@ class WindowAttention(PatternMixer):
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":
             return (0,) * len(grid)
-        return [fill(n, size) for n, size in zip(grid, per_axis(self.window_size, grid), strict=True)]
+        return [fill(n, size) for n, size in zip(grid, check_per_axis("window_size", self.window_size, len(grid)), strict=True)]

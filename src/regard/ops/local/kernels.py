@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_choice, check_grid, check_integer, check_sizes, check_tensor, check_tensors
+from ...checks import check_choice, check_grid, check_integer, check_per_axis, check_tensor, check_tensors
 from ..calls.observe import WATCHERS, Weighing, tell
 from ..patterns import Ints, Neighborhood, grid_positions
 from ..tracing import count_steps
@@ -45,7 +45,7 @@ def apply_kernel(v: Tensor, weights: Tensor, size: Ints, *, dilation: Ints = 1, 
     if v.ndim < 4:
         raise ValueError(f"v must be (batch, *grid, heads, dim); got {tuple(v.shape)}")
     grid = tuple(v.shape[1:-2])
-    sizes, dilations = _per_axis("size", size, grid), _per_axis("dilation", dilation, grid)
+    sizes, dilations = check_per_axis("size", size, len(grid)), check_per_axis("dilation", dilation, len(grid))
     taps = math.prod(sizes)
     if weights.ndim != v.ndim or weights.shape[1:-2] != v.shape[1:-2] or weights.shape[-1] != taps or _spread(v, weights):
         raise ValueError(
@@ -97,11 +97,6 @@ def _weighing(v: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Seque
     products = batch * heads * math.prod(grid) * math.prod(sizes) * v.shape[-1]
     moved = 2 * v.numel() * v.element_size() + weights.numel() * weights.element_size()
     return Weighing("kernel", batch, heads, grid, grid, over_tokens, v.device, flops=2 * products, bytes=moved)
-
-
-def _per_axis(name: str, value: Ints, grid: Sequence[int]) -> tuple[int, ...]:
-    values = check_sizes(name, value, len(grid))
-    return values if isinstance(values, tuple) else (values,) * len(grid)
 
 
 def _padded_rows(v: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...checks import check_integer, shown
+from ...names import arguments_named
 from .base import Pattern, Separable, along_axis, check_grids, fold, positional
 
 DEEPEST = 64
@@ -121,6 +122,7 @@ class Intersection(_Combined):
         return start, max(start, stop)
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class PerHead(Pattern):
     """Different patterns for consecutive groups of heads: ``PerHead({Window(7): 2, Dense(): 2})``.

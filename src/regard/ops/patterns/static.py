@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ...checks import LARGEST, check_choice, check_flag, check_integer
+from ...names import arguments_named
 from ..tracing import count_steps, fill
 from .base import (
     AxisWindow,
@@ -28,6 +29,7 @@ from .base import (
 BORDERS = ("shift", "mask", "zero")
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Dense(Separable):
     """Every query sees every key; the grids may differ in shape and rank.
@@ -57,6 +59,7 @@ class Dense(Separable):
         return torch.full(q_grid, math.prod(k_grid))
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Causal(Separable):
     """A query sees itself and what precedes it in row-major (raster) order of the key grid.
@@ -98,6 +101,7 @@ class Causal(Separable):
         return (0, interval[1]) if axis == 0 else (0, grid[axis])
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Window(Separable):
     """Non-overlapping windows of ``size`` tokens, moved by ``shift``: a query sees its own window.
@@ -139,6 +143,7 @@ class Window(Separable):
         return self  # the zero keys of a padded window send zeros, and their mass cancels
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Neighborhood(Separable):
     """The ``kernel_size`` nearest keys of each query on every axis, optionally dilated, strided and causal.
@@ -216,6 +221,7 @@ class Neighborhood(Separable):
         return max(before + stride - 1 - stride // 2, after + stride // 2)
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Halo(Separable):
     """Blocks of ``block`` queries that share the keys of their block and of ``halo`` tokens around it.
@@ -281,6 +287,7 @@ class Halo(Separable):
         return reach + per_axis(self.halo, axis) if self.border == "shift" else reach
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Grid(Separable):
     """A dilated global grid: on each axis a query sees (at most) ``size`` keys, evenly spread over the whole axis.
@@ -314,6 +321,7 @@ class Grid(Separable):
         return self
 
 
+@arguments_named("pattern")
 @dataclass(frozen=True, repr=False)
 class Axis(Separable):
     """A query sees the keys that differ from it only along one axis: ``Axis(0) | Axis(1)`` is criss-cross attention.

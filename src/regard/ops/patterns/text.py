@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import itertools
 import threading
 from collections import OrderedDict
-from typing import Any
 
 import torch
 
 from ...caches import Cache
 from ...checks import SHOWN, check_text, shown
-from ...names import check_options, nearest
+from ...names import check_arguments, nearest
+from ...text import read_call, read_expression, read_literal
 from ..tracing import constant_in_graphs
 from .base import Pattern
 from .combined import PerHead
@@ -68,11 +67,10 @@ def _read(text: str) -> Pattern:
     if len(text) > LONGEST:
         raise ValueError(f"cannot read a pattern of {len(text)} letters, at most {LONGEST}; got {shown(text)}")
     try:
-        return _build(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, ValueError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"cannot read pattern {_quoted(text)}: {reason}") from None
-    except (RecursionError, MemoryError):  # both of Python's parser, and of what it made
+        return _build(read_expression(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot read pattern {_quoted(text)}: {error}") from None
+    except (RecursionError, MemoryError):  # of what was parsed
         raise ValueError(f"cannot read pattern {_quoted(text)}: it is nested too deep") from None
 
 
@@ -84,47 +82,22 @@ def _build(node: ast.expr) -> Pattern:
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitOr, ast.BitAnd)):
         left, right = _build(node.left), _build(node.right)
         return left | right if isinstance(node.op, ast.BitOr) else left & right
-    call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+    if not isinstance(node, (ast.Name, ast.Call)):
         raise ValueError("expected patterns joined by | and &, such as 'window(7, shift=3) | axis(0)'")
-    name = call.func.id.lower()
+    called, values, options = read_call(node)
+    name = called.lower()
     if name not in _CONSTRUCTORS:
         near = nearest(name, _CONSTRUCTORS)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown pattern {call.func.id!r}{hint}; static patterns are {', '.join(sorted(_CONSTRUCTORS))}")
-    if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
-        raise ValueError(f"{name} takes its arguments one by one, without * and **")
+        raise ValueError(f"unknown pattern {called!r}{hint}; static patterns are {', '.join(sorted(_CONSTRUCTORS))}")
     if name == "perhead":
-        if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Dict) or None in call.args[0].keys:
+        if len(values) != 1 or options or not isinstance(groups := values[0], ast.Dict) or None in groups.keys:
             raise ValueError("PerHead takes a dict from patterns to numbers of heads")
-        groups = call.args[0]
         members = zip(groups.keys, groups.values, strict=True)
-        return PerHead(tuple((_build(k), _value(v)) for k, v in members if k))  # type: ignore[misc]  # PerHead checks the numbers
-    return _make(_CONSTRUCTORS[name], name, call)
-
-
-def _make(constructor: type[Pattern], name: str, call: ast.Call) -> Pattern:
-    """A pattern from what stands between its parentheses."""
-    parameters = inspect.signature(constructor).parameters
-    if len(call.args) > len(parameters):
-        raise ValueError(f"{name} takes {', '.join(parameters) or 'no arguments'}; got {len(call.args)} values")
-    check_options("pattern", name, [str(k.arg) for k in call.keywords], parameters)
-    given: dict[str, object] = {}
-    for option, node in (*zip(parameters, call.args, strict=False), *((str(k.arg), k.value) for k in call.keywords)):
-        if option in given:
-            raise ValueError(f"{name} got {option} twice")
-        given[option] = _value(node)
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
-    if missing:
-        raise ValueError(f"{name} needs {', '.join(missing)}, such as {EXAMPLES[name]!r}")
-    return constructor(**given)
-
-
-def _value(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        raise ValueError(f"expected numbers, True, False, quoted words or tuples of them; got {ast.unparse(node)!r}") from None
+        return PerHead(tuple((_build(k), read_literal(v)) for k, v in members if k))  # type: ignore[misc]  # PerHead checks the numbers
+    constructor = _CONSTRUCTORS[name]
+    check_arguments("pattern", name, constructor, values, options, EXAMPLES.get(name, ""))
+    return constructor(*map(read_literal, values), **{option: read_literal(node) for option, node in options.items()})
 
 
 def as_pattern(value: Pattern | str) -> Pattern:

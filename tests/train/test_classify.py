@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regard.models import create_model
-from regard.train.module import Classifier, warmup_cosine
+from regard.train.classify import Classifier, warmup_cosine
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:

@@ -1,4 +1,4 @@
-"""Classification as a Lightning module."""
+"""Classification: the loss, the metric and the schedule, as a Lightning module."""
 
 from __future__ import annotations
 
