@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regard.ops.compiled import library, missing
 from regard.ops.linear import chunks as linear_chunks
+from regard.ops.linear import memory as linear_memory_of
 from regard.ops.linear import native
 from regard.ops.linear.attend import LinearState, linear_attend
 
@@ -175,9 +176,9 @@ def test_the_operators_are_well_formed(decay):
     logs = {None: None, "head": -torch.rand(2), "token": -torch.rand(1, 20, 2)}[decay]
     arguments = (q, k, v, None if logs is None else logs.requires_grad_(), None, None, "silu", 16, "native")
     torch.library.opcheck(linear_chunks.linear_scan, arguments)
-    torch.library.opcheck(linear_chunks.linear_memory, (k, v, None, "silu", "native"))
+    torch.library.opcheck(linear_memory_of.linear_memory, (k, v, None, "silu", "native"))
     memory, total = torch.randn(1, 2, 8, 8, requires_grad=True), torch.rand(1, 2, 8, requires_grad=True)
-    torch.library.opcheck(linear_chunks.linear_read, (q, memory, total, 0.1, 0.2, "relu", "native"))
+    torch.library.opcheck(linear_memory_of.linear_read, (q, memory, total, 0.1, 0.2, "relu", "native"))
 
 
 def test_it_says_what_it_cannot_do():
