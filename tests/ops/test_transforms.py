@@ -74,6 +74,11 @@ def check_transforms(function, tensors: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(
         curvature, slope(lambda *t: torch.func.grad(loss)(*t), tensors, directions), atol=1e-5, rtol=1e-5
     )
+    mapped = torch.func.jvp(torch.func.vmap(function), batched, tuple(torch.stack([d, d]) for d in directions))[1]
+    torch.testing.assert_close(mapped, torch.stack([expected] * 2), **close)
+    with forward_ad.dual_level(), torch.no_grad():  # tangents from outside
+        dual = [forward_ad.make_dual(b, torch.stack([d, d])) for b, d in zip(batched, directions, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(torch.func.vmap(function)(*dual)).tangent, mapped)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
