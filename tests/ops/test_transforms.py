@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import regard
@@ -223,6 +224,16 @@ def test_every_transform_of_a_mixer_is_right(name):
     tangent = torch.func.jvp(loss, (weights, x), (moved, direction))[1]
     together = sum((of_weights[key] * moved[key]).sum() for key in weights) + (of_x * direction).sum()
     torch.testing.assert_close(tangent, together)
+
+
+def test_tensors_without_values_are_not_looked_at():
+    with FakeTensorMode():
+        q, logs = torch.zeros(1, 9, 2, 4), torch.zeros(2)
+        state = LinearState(torch.zeros(1, 2, 4, 4), None, torch.zeros(1))
+        assert linear_attend(q, q, q, causal=True, log_decay=logs, norm="count", state=state).shape == q.shape
+        for backend in ("auto", "reference"):
+            assert attend(q, q, q, P.Blocks(torch.zeros(1, 3, 1, dtype=torch.long), 3), backend=backend).shape == q.shape
+        assert neighbor_sum(neighbor_scores(q, q, "window(3)"), q, "window(3)").shape == q.shape
 
 
 def test_transforms_leave_nothing_behind_in_the_caches():
