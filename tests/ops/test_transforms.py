@@ -145,6 +145,18 @@ def test_the_gradient_of_a_bias_table_is_differentiated_too():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_values_alone_are_differentiated_twice_beside_a_log_sum_exp_that_does_not_depend_on_them(backend):
+    q, k, v = (t.float() for t in qkv())
+    v.requires_grad_()
+    found = []
+    for name in (backend, "reference"):
+        out, lse = attend(q, k, v, "window(2)", return_lse=True, backend=name)
+        (grad,) = torch.autograd.grad(out.square().sum() + lse.sum(), v, create_graph=True)
+        found.append((grad, *torch.autograd.grad(grad.square().sum(), v)))
+    torch.testing.assert_close(*found)
+
+
 def test_vmap_of_a_fused_backend_is_the_loop_over_items():
     q, k, v = (torch.stack([t, 2 * t]).float() for t in qkv())
     for backend in FUSED:
