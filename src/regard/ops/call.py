@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..caches import Cache
-from ..checks import LARGEST, check_integer, check_number, check_tensor, shown
+from ..checks import LARGEST, check_integer, check_number, check_tensor, check_tokens, shown
 from . import transforms
 from .footprint import Footprint
 from .patterns import Blocks, Causal, Clusters, Dense, Pattern, PerHead, as_pattern, grid_positions, leaves, tensors_of
@@ -383,6 +383,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"the heads of q must be a multiple of the heads of k; {shapes()}")
     if any(0 in tensor.shape[1:] for tensor in (q, k, v)):
         raise ValueError(f"no axis may be empty but the batch; {shapes()}")
+    check_tokens(q=q.shape[1:-2], k=k.shape[1:-2])
 
 
 def _check_bias(call: Call, bias: Tensor) -> Tensor:
