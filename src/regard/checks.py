@@ -241,6 +241,18 @@ def check_grid(name: str, value: Any, low: int = 1, high: int = LARGEST) -> tupl
     return tuple(check_integer(f"{name}[{axis}]", entry, low, high) for axis, entry in enumerate(value))
 
 
+def check_tokens(**grids: Sequence[int]) -> None:
+    """Check that grids have no more tokens than can be numbered; those of a graph whose sizes are open are left alone.
+
+    Raises:
+        ValueError: one has more.
+    """
+    counts = [math.prod(grid) for grid in grids.values()]
+    if any(type(count) is int and count > LARGEST for count in counts) and not torch.compiler.is_compiling():
+        got = ", ".join(f"{name} {tuple(grid)}" for name, grid in grids.items())
+        raise ValueError(f"a grid may have at most {LARGEST} tokens; got {got}")
+
+
 def check_text(name: str, value: Any) -> str:
     """Check that a value is text.
 

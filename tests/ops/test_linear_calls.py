@@ -307,6 +307,8 @@ WRONG = {
         STATE._replace(total=torch.zeros(2, 2, 1)), STATE._replace(total=torch.zeros(1, 2, 3)),
         STATE._replace(total=torch.zeros(2, 2, 3).half()), STATE._replace(keys=torch.zeros(1)),
         STATE._replace(keys=torch.zeros(3)), STATE._replace(keys=torch.zeros(2, dtype=torch.long)), STATE._replace(keys=3),
+        STATE._replace(keys=torch.tensor([1.0, -1.0])), STATE._replace(keys=torch.tensor([math.nan, 1.0])),
+        STATE._replace(memory=torch.zeros(2, 2, 3)), STATE._replace(memory=torch.zeros(2, 2, 3, 3, 1)),
     ],
     "start": [*WORDS, *NUMBERS, -1, 1.0, 2**31],
     "return_state": [*WORDS, 0],

@@ -14,8 +14,9 @@ from regard.ops.backends.native import attention
 from regard.ops.backends.native import backend as native
 from regard.ops.backends.native.attention import TileSet
 from regard.ops.calls.geometry import Geometry
-from regard.ops.compiled import missing
+from regard.ops.compiled import missing, pointers
 from regard.ops.linear import native as linear
+from regard.ops.linear.attend import linear_attend
 from regard.ops.tiles.plan import tile_plan
 
 COMPILED = pytest.mark.skipif(missing() is not None, reason=f"no compiled kernels: {missing()}")
@@ -157,6 +158,34 @@ def test_tensors_that_do_not_go_with_their_tiles_are_refused(name, wrong):
     tensors[name] = wrong
     with pytest.raises(ValueError, match=r"must|there are|got"):
         attention.attend(*(tensors[n] for n in "qkv"), tiles, 1.0, tensors["out"], tensors["lse"], False)
+
+
+@pytest.mark.parametrize("wrong", [
+    torch.zeros(2, 3, 1, 4, device="meta"),
+    torch.zeros(2, 3, 1, 4).double(),
+    torch.zeros(2, 3, 1, 5),
+    torch.zeros(2, 3, 4),
+    torch.zeros(2, 3, 1, 8)[..., ::2],
+    torch.zeros(2, 3, 1, 1).expand(2, 3, 1, 4),
+    torch._neg_view(torch.zeros(2, 3, 1, 4)),
+], ids=str)  # fmt: skip
+def test_no_address_is_taken_of_what_is_not_as_it_is_said_to_be(wrong):
+    for taken in (pointers.rows, pointers.block):
+        taken("it", torch.zeros(2, 3, 1, 4), (2, 3, 1, 4), pointers.SINGLE)
+        with pytest.raises(ValueError, match=r"it of a compiled kernel must be float32 \(2, 3, 1, 4\) on a CPU"):
+            taken("it", wrong, (2, 3, 1, 4), pointers.SINGLE)
+        with pytest.raises(ValueError, match="no axis empty"):
+            taken("it", torch.zeros(2, 0, 1, 4), (2, 0, 1, 4), pointers.SINGLE)
+
+
+@COMPILED
+def test_rows_of_one_number_may_have_any_step():
+    q, k, v = (torch.randn(1, 6, 2, 1, 3)[..., 1] for _ in range(3))
+    assert q.stride(3) == 3
+    found, expected = (attend(q, k, v, "window(3)", backend=name) for name in ("native", "reference"))
+    torch.testing.assert_close(found, expected)
+    found, expected = (linear_attend(q, k, v, causal=True, backend=name) for name in ("native", "naive"))
+    torch.testing.assert_close(found, expected)
 
 
 @COMPILED

@@ -123,6 +123,36 @@ def test_switched_off_there_is_nothing_to_warn_of(cache, monkeypatch):
     assert not cache.exists()
 
 
+def test_a_switch_that_is_neither_on_nor_off_is_named(cache, monkeypatch):
+    monkeypatch.setenv("REGARD_NATIVE", "false")
+    with pytest.warns(UserWarning, match="REGARD_NATIVE must be 0 or 1; got str 'false'"):
+        attention_is_right()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(("name", "value", "place"), [
+    ("REGARD_CACHE", "~/kernels", "kernels"),
+    ("XDG_CACHE_HOME", "relative", ".cache/regard"),
+    ("XDG_CACHE_HOME", "", ".cache/regard"),
+])  # fmt: skip
+def test_it_lies_in_the_home_folder_wherever_the_program_runs(name, value, place, cache, monkeypatch, tmp_path):
+    monkeypatch.delenv("REGARD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert library._cache() == tmp_path / place
+    assert not (tmp_path / "relative").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_trial_imports_nothing_from_the_working_directory(cache, good, monkeypatch, tmp_path):
+    for name in ("random", "torch", "regard"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    library._try(good)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_compiler_that_hangs_is_ended_with_all_it_started(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(library, "COMPILE", 0.5)
     monkeypatch.setenv("CC", script(tmp_path / "slow", f'sleep 600 & echo $! > "{tmp_path}/child"', "wait"))
@@ -239,15 +269,17 @@ def test_what_killed_compilations_left_is_cleaned(cache, good, monkeypatch, tmp_
     done.wait()
     cache.mkdir(mode=0o700)
     dead, alive = (cache / f"{library.PREFIX}{process}-abc" for process in (done.pid, os.getppid()))
-    old, elsewhere = (cache / f"compiling-another-machine-{n}-abc" for n in (1, 2))
-    for folder in (dead, alive, old, elsewhere):
+    old, elsewhere, odd = (
+        cache / f"compiling-{name}-abc" for name in ("another-machine-1", "another-machine-2", f"{library.PREFIX[10:]}²")
+    )
+    for folder in (dead, alive, old, elsewhere, odd):
         folder.mkdir()
         (folder / "kernels.so").touch()
     os.utime(old, (0, 0))
     monkeypatch.setattr(library, "_try", lambda made: None)
     monkeypatch.setenv("CC", script(tmp_path / "copies", f'cp {good} "$out"'))
     assert library.why_not() is None
-    assert {path for path in cache.iterdir() if path.is_dir()} == {alive, elsewhere}
+    assert {path for path in cache.iterdir() if path.is_dir()} == {alive, elsewhere, odd}
 
 
 def test_there_is_one_warning_in_a_process(tmp_path):

@@ -168,3 +168,28 @@ def test_errors_say_what_was_given():
         neighbor_scores(q, q.double(), "neighborhood(3)")
     with pytest.raises(ValueError, match=r"needs a bias table \(heads, 5, 5\); got \(2, 3, 5\)"):
         neighbor_bias(torch.randn(2, 3, 5), "neighborhood(3)", (6, 6))
+
+
+@pytest.mark.parametrize(("pattern", "taps"), [("neighborhood(3)", 3), ("neighborhood(3, border='mask')", 3), ("window(2)", 2)])
+def test_a_batch_of_none_gives_none_and_no_heads_no_bias(pattern, taps):
+    q, k = (torch.randn(0, 5, 1, 2, 4, requires_grad=True) for _ in range(2))
+    scores = neighbor_scores(q, k, pattern)
+    out = neighbor_sum(scores.softmax(-1), k, pattern)
+    assert scores.shape == (0, 5, 1, 2, taps)
+    assert out.shape == q.shape
+    first = torch.autograd.grad(out.sum(), (q, k), create_graph=True)
+    assert [g.shape for g in torch.autograd.grad(first[0].sum() + first[1].sum(), (q, k))] == [q.shape, k.shape]
+    extents = [P.as_pattern(pattern).extent(axis, n, 2) for axis, n in enumerate((5, 1))]
+    assert neighbor_bias(torch.ones(0, *(2 * e + 1 for e in extents)), pattern, (5, 1)).shape == (5, 1, 0, taps)
+
+
+def test_more_tokens_than_can_be_numbered_are_refused():
+    many = torch.ones(1, 1, 1, 1).expand(1, 2**33, 1, 1)
+    with pytest.raises(ValueError, match="at most 2147483647 tokens; got grid"):
+        neighbor_scores(many, many, "window(2)")
+    with pytest.raises(ValueError, match="at most 2147483647 tokens; got grid"):
+        neighbor_bias(torch.ones(1, 3, 3), "window(2)", (2**20, 2**20))
+    one = torch.ones(1, 4, 1, 1)
+    for q, k in ((one, many), (many, one), (many, many)):
+        with pytest.raises(ValueError, match="at most 2147483647 tokens; got q"):
+            attend(q, k, k, "dense")

@@ -167,6 +167,21 @@ def test_classes_of_tiles_say_what_the_pattern_says_of_each_pair(case, other):
     assert (seen == expected.long()).all()
 
 
+@pytest.mark.parametrize("combined", [lambda p: p, lambda p: p | P.Window(2), lambda p: P.PerHead({p: 1})])
+def test_tables_without_numbers_have_no_plan(combined):
+    for pattern in (
+        P.Blocks(torch.zeros(1, 4, 1, dtype=torch.long, device="meta"), 2),
+        P.Clusters(torch.zeros(1, 8).long().to("meta")),
+    ):
+        with pytest.raises(ValueError, match="must hold numbers; got a tensor on meta"):
+            regard.plan(combined(pattern), (8,))
+
+
+def test_a_plan_that_memory_does_not_hold_says_so():
+    with pytest.raises(ValueError, match=r"no memory holds the tiles of Dense\(\) on \(16777216,\)"):
+        regard.plan("dense", (1 << 24,), bias=True)
+
+
 def test_backends_say_where_they_run():
     found = regard.backends()
     assert list(found) == ["reference", "dense", "tiled", "native", "triton", "flex", "natten"]

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import regard
@@ -74,6 +75,11 @@ def check_transforms(function, tensors: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(
         curvature, slope(lambda *t: torch.func.grad(loss)(*t), tensors, directions), atol=1e-5, rtol=1e-5
     )
+    mapped = torch.func.jvp(torch.func.vmap(function), batched, tuple(torch.stack([d, d]) for d in directions))[1]
+    torch.testing.assert_close(mapped, torch.stack([expected] * 2), **close)
+    with forward_ad.dual_level(), torch.no_grad():  # tangents from outside
+        dual = [forward_ad.make_dual(b, torch.stack([d, d])) for b, d in zip(batched, directions, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(torch.func.vmap(function)(*dual)).tangent, mapped)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -136,6 +142,18 @@ def test_the_gradient_of_a_bias_table_is_differentiated_too():
         y = attend(*leaves[:3], pattern, bias=HeadTable(leaves[3], pattern), backend=name)
         grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_values_alone_are_differentiated_twice_beside_a_log_sum_exp_that_does_not_depend_on_them(backend):
+    q, k, v = (t.float() for t in qkv())
+    v.requires_grad_()
+    found = []
+    for name in (backend, "reference"):
+        out, lse = attend(q, k, v, "window(2)", return_lse=True, backend=name)
+        (grad,) = torch.autograd.grad(out.square().sum() + lse.sum(), v, create_graph=True)
+        found.append((grad, *torch.autograd.grad(grad.square().sum(), v)))
     torch.testing.assert_close(*found)
 
 
@@ -218,6 +236,16 @@ def test_every_transform_of_a_mixer_is_right(name):
     tangent = torch.func.jvp(loss, (weights, x), (moved, direction))[1]
     together = sum((of_weights[key] * moved[key]).sum() for key in weights) + (of_x * direction).sum()
     torch.testing.assert_close(tangent, together)
+
+
+def test_tensors_without_values_are_not_looked_at():
+    with FakeTensorMode():
+        q, logs = torch.zeros(1, 9, 2, 4), torch.zeros(2)
+        state = LinearState(torch.zeros(1, 2, 4, 4), None, torch.zeros(1))
+        assert linear_attend(q, q, q, causal=True, log_decay=logs, norm="count", state=state).shape == q.shape
+        for backend in ("auto", "reference"):
+            assert attend(q, q, q, P.Blocks(torch.zeros(1, 3, 1, dtype=torch.long), 3), backend=backend).shape == q.shape
+        assert neighbor_sum(neighbor_scores(q, q, "window(3)"), q, "window(3)").shape == q.shape
 
 
 def test_transforms_leave_nothing_behind_in_the_caches():

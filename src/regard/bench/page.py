@@ -102,7 +102,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _natural(name: str) -> tuple[str, int]:
     stem, _, number = name.rpartition("-")
-    return (stem, int(number)) if number.isdigit() else (name, 0)
+    return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
 def _machine(folder: Path, link: str) -> str:

@@ -34,6 +34,8 @@ def differentiated(*tensors: Tensor | None) -> bool:
         return True
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
+    if _in_vmap():  # torch cannot look for tangents there
+        return True
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 

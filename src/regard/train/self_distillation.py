@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .module import warmup_cosine
+from .classify import warmup_cosine
 
 
 def self_distillation_loss(

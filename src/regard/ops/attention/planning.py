@@ -14,7 +14,7 @@ from ..backends.choice import BACKENDS
 from ..calls.call import Call
 from ..calls.lower import break_up
 from ..calls.source import HeadTable, Source
-from ..patterns import Pattern, as_pattern
+from ..patterns import Pattern, as_pattern, leaves, tensors_of
 from ..tiles.simulator import Tile, TileWalk, walk_tiles
 
 MOST_TOKENS = 1 << 24
@@ -170,6 +170,8 @@ def plan(
         check_flag(name, flag)
     if batch * max(heads, kv_heads) * max(head_dim, value_dim) * max(math.prod(grid), math.prod(k_grid)) > 2**60:
         raise ValueError(f"no memory holds such tensors: {batch=}, {heads=}, {head_dim=}, {value_dim=}, {grid=}, {k_grid=}")
+    if any(table.is_meta for member in leaves(pattern) for table in tensors_of(member)):
+        raise ValueError(f"plan counts the pairs that a table lists: {pattern!r} must hold numbers; got a tensor on meta")
     if tiles is not None and (isinstance(tiles, str) or not isinstance(tiles, Sequence) or len(tiles) != 2):
         raise TypeError(f"tiles must be a tile of queries and one of keys; got {shown(tiles)}")
 
@@ -185,10 +187,13 @@ def plan(
         if math.prod(2 * e + 1 for e in extents) > LARGEST:
             raise ValueError(f"a bias over {pattern!r} on {k_grid} would need too large a table: extents {extents}")
         table = HeadTable(empty(heads, *[2 * e + 1 for e in extents]), pattern)
-    with torch.set_grad_enabled(training):
-        source = Source(k, v, pattern, bias=table)
-        (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
-        plans = [_planned(replace(call, device=where), backend) for _, call in group]
+    try:
+        with torch.set_grad_enabled(training):
+            source = Source(k, v, pattern, bias=table)
+            (group,) = break_up(q, [source], scale=None, q_start=0, dropout=0.0, need_lse=return_lse)
+            plans = [_planned(replace(call, device=where), backend) for _, call in group]
+    except MemoryError as error:
+        raise ValueError(f"no memory holds the tiles of {pattern!r} on {grid} and {k_grid}: {error}") from error
     made = plans[0] if len(plans) == 1 else _joined(plans, pattern)
     return made if tiles is None else replace(made, walk=walk_tiles(pattern, grid, *tiles, k_grid=k_grid))
 

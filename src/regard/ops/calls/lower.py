@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import LARGEST, check_integer, check_number, check_tensor, shown
+from ...checks import LARGEST, check_integer, check_number, check_tensor, check_tokens, shown
 from ..patterns import Pattern, as_pattern, leaves
 from .call import Call
 from .footprint import Footprint
@@ -206,6 +206,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"the heads of q must be a multiple of the heads of k; {shapes()}")
     if any(0 in tensor.shape[1:] for tensor in (q, k, v)):
         raise ValueError(f"no axis may be empty but the batch; {shapes()}")
+    check_tokens(q=q.shape[1:-2], k=k.shape[1:-2])
 
 
 def _check_bias(call: Call, bias: Tensor) -> Tensor:

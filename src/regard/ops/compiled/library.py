@@ -88,8 +88,11 @@ def looked_for() -> ctypes.CDLL | Unavailable:
 
 
 def _find() -> ctypes.CDLL:
-    if os.environ.get("REGARD_NATIVE", "1") == "0":
+    switch = os.environ.get("REGARD_NATIVE", "")
+    if switch == "0":
         raise SwitchedOff("switched off by REGARD_NATIVE=0")
+    if switch not in ("", "1"):
+        raise Unavailable(f"REGARD_NATIVE must be 0 or 1; got {shown(switch)}")
     if sys.platform == "win32":
         raise SwitchedOff("compiled kernels are for Linux and macOS")
     compiler = _compiler()
@@ -187,7 +190,7 @@ def _clean(folder: Path) -> None:
             old = time.time() - left.lstat().st_mtime > 10 * (COMPILE + TRY)
         except OSError:  # another process was faster
             continue
-        if old or (number.isdigit() and not _lives(int(number))):
+        if old or (number.isdecimal() and not _lives(int(number))):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -205,7 +208,7 @@ def _cache() -> Path:
     """A folder of this user's own: what is loaded from it runs."""
     chosen = os.environ.get("REGARD_CACHE")
     try:
-        base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
+        base = Path(chosen).expanduser() if chosen else _caches_of_user() / "regard"
     except RuntimeError as error:
         raise Unavailable(f"there is no home folder for compiled kernels, REGARD_CACHE names another: {error}") from error
     try:
@@ -216,6 +219,12 @@ def _cache() -> Path:
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise Unavailable(f"the folder {base} for compiled kernels must be this user's alone; REGARD_CACHE names another")
     return base
+
+
+def _caches_of_user() -> Path:
+    """Where programs keep what they can make again; by its definition a relative ``XDG_CACHE_HOME`` does not count."""
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return chosen if chosen.is_absolute() else Path.home() / ".cache"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -275,8 +284,9 @@ def _try(made: Path) -> None:
     """
     if not sys.executable or getattr(sys, "frozen", False):
         raise Unavailable("a library is tried by a Python of its own, and this program has none")
-    root = str(FOLDER.parents[2])
-    begin = f"import sys; sys.path.insert(0, {root!r}); from regard.ops.compiled.trial import run; run({str(made)!r})"
+    # of this program, so not the working directory unless it imports from there
+    places = [str(FOLDER.parents[2]), *(place for place in sys.path if isinstance(place, str))]
+    begin = f"import sys; sys.path[:] = {places!r}; from regard.ops.compiled.trial import run; run({str(made)!r})"
     environment = {**os.environ, "REGARD_NATIVE": "0", "OMP_NUM_THREADS": "1"}
     status, output = _run([sys.executable, "-c", begin], TRY, environment)
     if status != 0:

@@ -35,7 +35,7 @@ def rows(name: str, tensor: Tensor, shape: Sequence[int], kinds: Sequence[torch.
         ValueError: it is not of that shape and one of those types, or its rows are not contiguous.
     """
     steps = tensor.stride()
-    _check(name, tensor, shape, kinds, len(shape) < 4 or steps[3] == 1 or shape[3] == 1)
+    _check(name, tensor, shape, kinds, len(shape) < 4 or steps[-1:] == (1,) or shape[3] == 1)
     return RowsOf(tensor.data_ptr(), *steps[:3])
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import LARGEST, check_choice, check_flag, check_integer, check_number, check_tensor, shown
+from ...checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_tokens, shown
 from ..transforms import differentiated
 from .features import FeatureMap
 from .spans import ACTIVATIONS, existing, readable
@@ -178,8 +178,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, causal: bool, decays: 
             "q and k must be (batch, *grid, heads, dim), not empty but for the batch, alike but for the grid, and on one grid "
             f"under causal or a decay; got q {tuple(q.shape)}, k {tuple(k.shape)}"
         )
-    if max(q.shape[1:-2].numel(), k.shape[1:-2].numel()) > LARGEST:
-        raise ValueError(f"a grid may have at most {LARGEST} tokens; got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    check_tokens(q=q.shape[1:-2], k=k.shape[1:-2])
     if v is not None and (v.ndim != k.ndim or v.shape[:-1] != k.shape[:-1] or not v.shape[-1]):
         raise ValueError(f"v must be (batch, *k_grid, heads, value_dim) beside k {tuple(k.shape)}; got {tuple(v.shape)}")
 
@@ -245,9 +244,12 @@ def _checked_state(state: Any, q: Tensor, norm: str, value_dim: int | None) -> L
         if tensor is None and name != "memory":
             continue
         check_tensor(f"the {name} of the state", tensor, kinds, device=q.device, what=words)
-        expected = shape if value_dim is not None or name != "memory" else (*shape[:3], *tensor.shape[3:4])
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"the {name} of the state must be {words} = {expected}; got {shown(tensor)}")
+        if value_dim is None and name == "memory":  # any values: weights alone are asked for
+            shape = (*shape[:3], tensor.shape[-1] if tensor.ndim == 4 else 1)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"the {name} of the state must be {words} = {shape}; got {shown(tensor)}")
+    if keys is not None and readable(keys) and not bool((keys >= 0).all()):
+        raise ValueError(f"the keys of the state must be 0 or more everywhere; got {float(keys.min())} in {shown(keys)}")
     return LinearState(memory, total, keys)
 
 

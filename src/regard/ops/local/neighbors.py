@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...caches import cached
-from ...checks import check_grid, check_tensor, check_tensors
+from ...checks import check_grid, check_tensor, check_tensors, check_tokens
 from ...counted import register_flop_formula
 from ..calls.geometry import Geometry
 from ..patterns import Pattern, Separable, as_pattern, parse
@@ -102,7 +102,7 @@ def neighbor_bias(table: Tensor, pattern: Pattern | str, grid: Sequence[int]) ->
         raise ValueError(f"{pattern!r} needs a bias table (heads, {', '.join(map(str, sizes))}); got {tuple(table.shape)}")
     index = _constant_offsets(pattern.spec, grid, sizes, table.device)
     bias = table.flatten(1).index_select(1, index)
-    return bias.view(len(table), *grid, -1).movedim(0, -2)
+    return bias.view(len(table), *grid, math.prod(_taps(pattern.spec, grid))).movedim(0, -2)
 
 
 def _checked(pattern: Pattern | str, a: Tensor, b: Tensor, names: str, agree: bool) -> tuple[Separable, tuple[int, ...]]:
@@ -117,6 +117,7 @@ def _checked(pattern: Pattern | str, a: Tensor, b: Tensor, names: str, agree: bo
 
 
 def _separable(pattern: Pattern | str, grid: tuple[int, ...]) -> Separable:
+    check_tokens(grid=grid)
     pattern = as_pattern(pattern)
     product = pattern.as_product(len(grid))
     if product is None or pattern.flat:
@@ -329,7 +330,7 @@ def neighbor_products(q: Tensor, k: Tensor, spec: str, grid: list[int], fill: fl
         for tile in _tiles(spec, grid, len(q), queries.dim, q.device):
             products = torch.matmul(_tile(queries, tile.queries), _tile(keys, tile.keys).mT)
             tile.queries.put(out, tile.pick(products, fill).flatten(0, 1))
-    return out.view(*q.shape[:2], -1).to(q.dtype)
+    return out.view(*q.shape[:2], out.shape[-1]).to(q.dtype)
 
 
 @torch.library.custom_op("regard::neighbor_sums", mutates_args=())
