@@ -10,7 +10,7 @@ from torch import nn
 
 from regard import create_model, load_checkpoint
 from regard.models import export_state_dict, save_checkpoint
-from regard.models.checkpoints import TRANSFORMS, Layout, Rule, split_rules
+from regard.models.checkpoints import TRANSFORMS, Layout, Rule, block_rules, split_rules
 
 NARROW = {"dim": 8, "head_dim": 4, "depths": (2, 1, 1, 1), "num_classes": 3}
 MODELS = {
@@ -100,6 +100,28 @@ def test_rules_scale_numbers_both_ways_and_each_reads_its_own_residue():
     assert layout.write("b.3.20.weight") == [("a.3.10.first.weight", first)]
     assert layout.write("b.3.21.weight") == [("a.3.10.second.weight", second)]
     assert layout.write("b.0.1.weight") == [("a.0.0.second.weight", second)]
+
+
+def test_rules_of_a_block_read_both_ways_and_its_special_names_come_first():
+    special = Rule("attn.table", "mixer.op.bias.table", "query_minus_key_table")
+    layout = Layout("theirs", block_rules("layers.{i}.blocks.{j}", "stages.{i}.blocks.{2j+1}", special, mlp="ffn"))
+    names = {
+        "norm1.weight": "mixer.norm.weight",
+        "attn.table": "mixer.op.bias.table",
+        "attn.qkv.weight": "mixer.op.qkv.weight",
+        "norm2.bias": "mlp.norm.bias",
+        "ffn.fc1.weight": "mlp.op.fc1.weight",
+    }
+    for theirs, ours in names.items():
+        theirs, ours = f"layers.1.blocks.2.{theirs}", f"stages.1.blocks.5.{ours}"
+        name, rule = layout.read(theirs)
+        assert (name, [written for written, _ in layout.write(ours)]) == (ours, [theirs])
+        assert rule.transform == ("query_minus_key_table" if theirs.endswith("table") else None)
+    assert layout.read("layers.1.blocks.2.mlp.fc1.weight") is None
+    without = Layout("theirs", block_rules("a", "b", special, attn=None, mlp=None))
+    assert without.read("a.attn.qkv.weight") is None
+    assert without.read("a.attn.table")[0] == "b.mixer.op.bias.table"
+    assert without.write("b.mlp.op.fc1.weight") == []
 
 
 def test_parts_of_a_tensor_join_and_split_in_order():

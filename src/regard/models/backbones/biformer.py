@@ -14,26 +14,29 @@ from torch import nn
 from ...layers.blocks import TokenBatchNorm
 from ...layers.mixers import BiLevelRoutingAttention, LocallyEnhancedAttention
 from ...layers.stems import ConvDownsample, ConvStem, PatchEmbed
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
 
-def _block_rules(block: str, fc2: int) -> tuple[Rule, ...]:
+def _routed_rules(block: str, fc2: int) -> tuple[Rule, ...]:
     """The names of blocks under ``stages.{i}``; the dense attention of the last stage has names of its own."""
-    theirs, ours = f"stages.{{i}}{block}", "stages.{i}.blocks.{j}"
     last, ours_last = f"stages.3{block}", "stages.3.blocks.{j}"
     return (
         Rule(f"{last}.attn.qkv.{{name}}", f"{ours_last}.mixer.op.qkv.{{name}}"),
         Rule(f"{last}.attn.proj.{{name}}", f"{ours_last}.mixer.op.proj.{{name}}"),
-        Rule(f"{theirs}.attn.qkv.qkv.{{name}}", f"{ours}.mixer.op.qkv.{{name}}"),
-        Rule(f"{theirs}.attn.wo.{{name}}", f"{ours}.mixer.op.proj.{{name}}"),
-        Rule(f"{theirs}.attn.lepe.{{name}}", f"{ours}.mixer.op.lepe.conv.{{name}}"),
-        Rule(f"{theirs}.pos_embed.{{name}}", f"{ours}.position.conv.{{name}}"),
-        Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-        Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-        Rule(f"{theirs}.mlp.0.{{name}}", f"{ours}.mlp.op.fc1.{{name}}"),
-        Rule(f"{theirs}.mlp.{fc2}.{{name}}", f"{ours}.mlp.op.fc2.{{name}}"),
+        *block_rules(
+            f"stages.{{i}}{block}",
+            "stages.{i}.blocks.{j}",
+            Rule("attn.qkv.qkv.{name}", "mixer.op.qkv.{name}"),
+            Rule("attn.wo.{name}", "mixer.op.proj.{name}"),
+            Rule("attn.lepe.{name}", "mixer.op.lepe.conv.{name}"),
+            Rule("pos_embed.{name}", "position.conv.{name}"),
+            Rule("mlp.0.{name}", "mlp.op.fc1.{name}"),
+            Rule(f"mlp.{fc2}.{{name}}", "mlp.op.fc2.{name}"),
+            attn=None,
+            mlp=None,
+        ),
     )
 
 
@@ -48,7 +51,7 @@ CONVOLUTIONAL = Layout(
         Rule("downsample_layers.0.4.{name}", "stem.norm2.{name}"),
         Rule("downsample_layers.{i}.0.{name}", "stages.{i}.downsample.conv.{name}"),
         Rule("downsample_layers.{i}.1.{name}", "stages.{i}.downsample.norm.{name}"),
-        *_block_rules(".{j}", fc2=3),
+        *_routed_rules(".{j}", fc2=3),
         *_HEAD,
     ),
     pad="token",
@@ -60,7 +63,7 @@ SWIN_LIKE = Layout(
         Rule("downsample_layers.0.1.{name}", "stem.norm.{name}"),
         Rule("downsample_layers.{i}.0.{name}", "stages.{i}.downsample.norm.{name}"),
         Rule("downsample_layers.{i}.1.{name}", "stages.{i}.downsample.conv.{name}"),
-        *_block_rules(".blocks.{j}", fc2=2),
+        *_routed_rules(".blocks.{j}", fc2=2),
         *_HEAD,
     ),
     pad="token",

@@ -11,25 +11,23 @@ from functools import partial
 
 from ...layers.mixers import ChannelGroupAttention, WindowAttention
 from ...layers.stems import ConvDownsample, OverlapPatchEmbed
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
 
-def _block_rules(block: str, positions: tuple[str, str]) -> tuple[Rule, ...]:
+def _dual_rules(block: str, positions: tuple[str, str]) -> tuple[Rule, ...]:
     """The names of a dual block: windows under 0, channels under 1."""
-    rules = []
-    for index, ours in enumerate(("stages.{i}.blocks.{2j}", "stages.{i}.blocks.{2j+1}")):
-        theirs = f"{block}.{index}"
-        rules += [
-            Rule(f"{theirs}.{positions[0]}.proj.{{name}}", f"{ours}.position.conv.{{name}}"),
-            Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-            Rule(f"{theirs}.attn.{{name}}", f"{ours}.mixer.op.{{name}}"),
-            Rule(f"{theirs}.{positions[1]}.proj.{{name}}", f"{ours}.mlp_position.conv.{{name}}"),
-            Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-            Rule(f"{theirs}.mlp.{{name}}", f"{ours}.mlp.op.{{name}}"),
-        ]
-    return tuple(rules)
+    return tuple(
+        rule
+        for index, ours in enumerate(("stages.{i}.blocks.{2j}", "stages.{i}.blocks.{2j+1}"))
+        for rule in block_rules(
+            f"{block}.{index}",
+            ours,
+            Rule(f"{positions[0]}.proj.{{name}}", "position.conv.{name}"),
+            Rule(f"{positions[1]}.proj.{{name}}", "mlp_position.conv.{name}"),
+        )
+    )
 
 
 LAYOUTS = (
@@ -39,7 +37,7 @@ LAYOUTS = (
             Rule("patch_embeds.0.{name}", "stem.{name}"),
             Rule("patch_embeds.{i}.proj.{name}", "stages.{i}.downsample.conv.{name}"),
             Rule("patch_embeds.{i}.norm.{name}", "stages.{i}.downsample.norm.{name}"),
-            *_block_rules("main_blocks.{i}.{j}", ("cpe.0", "cpe.1")),
+            *_dual_rules("main_blocks.{i}.{j}", ("cpe.0", "cpe.1")),
             Rule("norms.{name}", "norm.{name}"),
             Rule("head.{name}", "head.{name}"),
         ),
@@ -51,7 +49,7 @@ LAYOUTS = (
             Rule("stem.conv.{name}", "stem.proj.{name}"),
             Rule("stem.norm.{name}", "stem.norm.{name}"),
             Rule("stages.{i}.downsample.{name}", "stages.{i}.downsample.{name}"),
-            *_block_rules("stages.{i}.blocks.{j}", ("cpe1", "cpe2")),
+            *_dual_rules("stages.{i}.blocks.{j}", ("cpe1", "cpe2")),
             Rule("head.norm.{name}", "norm.{name}"),
             Rule("head.fc.{name}", "head.{name}"),
         ),

@@ -23,23 +23,23 @@ from ...layers.mlps import ConvMLP
 from ...layers.stems import PatchEmbed, pad_to_even
 from ...ops.affine import affine
 from ...ops.local.deform import sample_points
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
-
-_BLOCK, _OURS = "layers.{i}.blocks.{j}", "stages.{i}.blocks.{j}"
 
 LAYOUTS = (
     Layout(
         "official",
         (
             Rule("patch_embed.{name}", "stem.{name}"),
-            Rule(f"{_BLOCK}.norm1.{{name}}", f"{_OURS}.mixer.norm.{{name}}"),
-            Rule(f"{_BLOCK}.attn.h_{{name}}", f"{_OURS}.mixer.op.high.{{name}}"),
-            Rule(f"{_BLOCK}.attn.l_{{name}}", f"{_OURS}.mixer.op.low.{{name}}"),
-            Rule(f"{_BLOCK}.norm2.{{name}}", f"{_OURS}.mlp.norm.{{name}}"),
-            Rule(f"{_BLOCK}.mlp.dwconv.dwconv.{{name}}", f"{_OURS}.mlp.op.conv.{{name}}"),
-            Rule(f"{_BLOCK}.mlp.{{name}}", f"{_OURS}.mlp.op.{{name}}"),
+            *block_rules(
+                "layers.{i}.blocks.{j}",
+                "stages.{i}.blocks.{j}",
+                Rule("attn.h_{name}", "mixer.op.high.{name}"),
+                Rule("attn.l_{name}", "mixer.op.low.{name}"),
+                Rule("mlp.dwconv.dwconv.{name}", "mlp.op.conv.{name}"),
+                attn=None,
+            ),
             Rule("layers.{i}.downsample.dconv.conv_offset.{name}", "stages.{i+1}.downsample.offset.{name}"),
             Rule("layers.{i}.downsample.dconv.{name}", "stages.{i+1}.downsample.conv.{name}"),
             Rule("layers.{i}.downsample.norm_layer.{name}", "stages.{i+1}.downsample.norm.{name}"),

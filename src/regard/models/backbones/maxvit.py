@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from ...layers.conv_norm import Activation, MBConv, convolution
 from ...layers.mixers import GridAttention, WindowAttention
 from ...layers.mlps import MLP
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
-
-def _attention_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-        Rule(f"{theirs}.attn.rel_pos.relative_position_bias_table", f"{ours}.mixer.op.bias.table"),
-        Rule(f"{theirs}.attn.{{name}}", f"{ours}.mixer.op.{{name}}"),
-        Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-        Rule(f"{theirs}.mlp.{{name}}", f"{ours}.mlp.op.{{name}}"),
-    )
-
-
+_TABLE = Rule("attn.rel_pos.relative_position_bias_table", "mixer.op.bias.table")
 _CONV, _BEFORE = "stages.{i}.blocks.{j}.conv", "stages.{i}.blocks.{2j}.before"
 
 LAYOUTS = (
@@ -46,8 +36,8 @@ LAYOUTS = (
             Rule(f"{_CONV}.se.fc2.weight", f"{_BEFORE}.gate.fc2.weight", "conv1x1"),
             Rule(f"{_CONV}.se.{{name}}", f"{_BEFORE}.gate.{{name}}"),
             Rule(f"{_CONV}.conv3_1x1.{{name}}", f"{_BEFORE}.reduce.{{name}}"),
-            *_attention_rules("stages.{i}.blocks.{j}.attn_block", "stages.{i}.blocks.{2j}"),
-            *_attention_rules("stages.{i}.blocks.{j}.attn_grid", "stages.{i}.blocks.{2j+1}"),
+            *block_rules("stages.{i}.blocks.{j}.attn_block", "stages.{i}.blocks.{2j}", _TABLE),
+            *block_rules("stages.{i}.blocks.{j}.attn_grid", "stages.{i}.blocks.{2j+1}", _TABLE),
             Rule("head.norm.{name}", "norm.{name}"),
             Rule("head.pre_logits.{name}", "pre_logits.{name}"),
             Rule("head.fc.{name}", "head.{name}"),

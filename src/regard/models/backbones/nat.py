@@ -13,7 +13,7 @@ from torch import nn
 
 from ...layers.mixers import NeighborhoodAttention
 from ...layers.stems import ConvDownsample, ConvTokenizer, PatchEmbed, PatchMerging
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
@@ -24,18 +24,11 @@ DILATED_224: Dilations = ((1, 8), (1, 4), (1, 2), (1,))
 DILATED_384: Dilations = ((1, 13), (1, 6), (1, 3), (1,))
 
 
-def _block_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-        Rule(f"{theirs}.attn.rpb", f"{ours}.mixer.op.bias.table"),
-        Rule(f"{theirs}.attn.{{name}}", f"{ours}.mixer.op.{{name}}"),
-        Rule(f"{theirs}.gamma1", f"{ours}.mixer.scale.gamma"),
-        Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-        Rule(f"{theirs}.mlp.{{name}}", f"{ours}.mlp.op.{{name}}"),
-        Rule(f"{theirs}.gamma2", f"{ours}.mlp.scale.gamma"),
-    )
-
-
+_INSIDE = (
+    Rule("attn.rpb", "mixer.op.bias.table"),
+    Rule("gamma1", "mixer.scale.gamma"),
+    Rule("gamma2", "mlp.scale.gamma"),
+)
 _OUTSIDE = (
     Rule("patch_embed.{name}", "stem.{name}"),
     Rule("norm.{name}", "norm.{name}"),
@@ -45,7 +38,7 @@ _OUTSIDE = (
 HIERARCHICAL = Layout(
     "official",
     (
-        *_block_rules("levels.{i}.blocks.{j}", "stages.{i}.blocks.{j}"),
+        *block_rules("levels.{i}.blocks.{j}", "stages.{i}.blocks.{j}", *_INSIDE),
         Rule("levels.{i}.downsample.reduction.{name}", "stages.{i+1}.downsample.conv.{name}"),
         Rule("levels.{i}.downsample.norm.{name}", "stages.{i+1}.downsample.norm.{name}"),
         *_OUTSIDE,
@@ -55,13 +48,13 @@ HIERARCHICAL = Layout(
 SWIN_LIKE = Layout(
     "official",
     (
-        *_block_rules("layers.{i}.blocks.{j}", "stages.{i}.blocks.{j}"),
+        *block_rules("layers.{i}.blocks.{j}", "stages.{i}.blocks.{j}", *_INSIDE),
         Rule("layers.{i}.downsample.{name}", "stages.{i+1}.downsample.{name}"),
         *_OUTSIDE,
     ),
     pad="token",
 )
-ISOTROPIC = Layout("official", (*_block_rules("layers.{j}", "stages.0.blocks.{j}"), *_OUTSIDE), pad="token")
+ISOTROPIC = Layout("official", (*block_rules("layers.{j}", "stages.0.blocks.{j}", *_INSIDE), *_OUTSIDE), pad="token")
 
 
 def _table(

@@ -18,21 +18,17 @@ from ...layers.stems import PatchEmbed, PatchMerging
 from ...ops import Source
 from ...ops import patterns as P
 from ...ops.tracing import fill
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
 _COMMON = (
     Rule("patch_embed.{name}", "stem.{name}"),
-    Rule("layers.{i}.blocks.{j}.norm1.{name}", "stages.{i}.blocks.{j}.mixer.norm.{name}"),
-    Rule(
-        "layers.{i}.blocks.{j}.attn.relative_position_bias_table",
-        "stages.{i}.blocks.{j}.mixer.op.bias.table",
-        "query_minus_key_table",
+    *block_rules(
+        "layers.{i}.blocks.{j}",
+        "stages.{i}.blocks.{j}",
+        Rule("attn.relative_position_bias_table", "mixer.op.bias.table", "query_minus_key_table"),
     ),
-    Rule("layers.{i}.blocks.{j}.attn.{name}", "stages.{i}.blocks.{j}.mixer.op.{name}"),
-    Rule("layers.{i}.blocks.{j}.norm2.{name}", "stages.{i}.blocks.{j}.mlp.norm.{name}"),
-    Rule("layers.{i}.blocks.{j}.mlp.{name}", "stages.{i}.blocks.{j}.mlp.op.{name}"),
     Rule("norm.{name}", "norm.{name}"),
 )
 _BUFFERS = (r"\.attn_mask$", r"\.relative_position_index$")

@@ -18,39 +18,36 @@ from ...layers.mixers import AggregatedAttention, CosineAttention, MixtureOfAggr
 from ...layers.mlps import ConvGLU
 from ...layers.stems import ConvDownsample, OverlapPatchEmbed
 from ..backbone import Backbone
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
 
-_BLOCK, _OURS = "block{i+1}.{j}", "stages.{i}.blocks.{j}"
-
 
 def _layout(stages: int) -> Layout:
-    attention, ours = f"{_BLOCK}.attn", f"{_OURS}.mixer.op"
     return Layout(
         "official",
         (
             Rule("patch_embed1.{name}", "stem.{name}"),
             Rule("patch_embed{i+1}.proj.{name}", "stages.{i}.downsample.conv.{name}"),
             Rule("patch_embed{i+1}.norm.{name}", "stages.{i}.downsample.norm.{name}"),
-            Rule(f"{_BLOCK}.norm1.{{name}}", f"{_OURS}.mixer.norm.{{name}}"),
-            Rule(f"{attention}.query_embedding", f"{ours}.length_scale.query_embedding"),
-            Rule(f"{attention}.temperature", f"{ours}.length_scale.temperature"),
-            Rule(f"{attention}.relative_pos_bias_local", f"{ours}.local_bias"),
-            Rule(f"{attention}.learnable_tokens", f"{ours}.positional"),
-            Rule(f"{attention}.learnable_bias", f"{ours}.positional_bias"),
-            Rule(f"{attention}.cpb_fc1.{{name}}", f"{ours}.cpb.fc1.{{name}}"),
-            Rule(f"{attention}.cpb_fc2.{{name}}", f"{ours}.cpb.fc2.{{name}}"),
-            Rule(f"{attention}.sr.weight", f"{ours}.pool.before.0.weight", "conv1x1"),
-            Rule(f"{attention}.sr.bias", f"{ours}.pool.before.0.bias"),
-            Rule(f"{attention}.norm.{{name}}", f"{ours}.pool.after.{{name}}"),
-            Rule(f"{attention}.wg.{{name}}", f"{ours}.router.{{name}}"),
-            Rule(f"{attention}.wg_0.{{name}}", f"{ours}.balance.{{name}}"),
-            Rule(f"{attention}.wg_1.{{name}}", f"{ours}.shared_router.{{name}}"),
-            Rule(f"{attention}.{{name}}", f"{ours}.{{name}}"),
-            Rule(f"{_BLOCK}.norm2.{{name}}", f"{_OURS}.mlp.norm.{{name}}"),
-            Rule(f"{_BLOCK}.mlp.dwconv.dwconv.{{name}}", f"{_OURS}.mlp.op.conv.{{name}}"),
-            Rule(f"{_BLOCK}.mlp.{{name}}", f"{_OURS}.mlp.op.{{name}}"),
+            *block_rules(
+                "block{i+1}.{j}",
+                "stages.{i}.blocks.{j}",
+                Rule("attn.query_embedding", "mixer.op.length_scale.query_embedding"),
+                Rule("attn.temperature", "mixer.op.length_scale.temperature"),
+                Rule("attn.relative_pos_bias_local", "mixer.op.local_bias"),
+                Rule("attn.learnable_tokens", "mixer.op.positional"),
+                Rule("attn.learnable_bias", "mixer.op.positional_bias"),
+                Rule("attn.cpb_fc1.{name}", "mixer.op.cpb.fc1.{name}"),
+                Rule("attn.cpb_fc2.{name}", "mixer.op.cpb.fc2.{name}"),
+                Rule("attn.sr.weight", "mixer.op.pool.before.0.weight", "conv1x1"),
+                Rule("attn.sr.bias", "mixer.op.pool.before.0.bias"),
+                Rule("attn.norm.{name}", "mixer.op.pool.after.{name}"),
+                Rule("attn.wg.{name}", "mixer.op.router.{name}"),
+                Rule("attn.wg_0.{name}", "mixer.op.balance.{name}"),
+                Rule("attn.wg_1.{name}", "mixer.op.shared_router.{name}"),
+                Rule("mlp.dwconv.dwconv.{name}", "mlp.op.conv.{name}"),
+            ),
             Rule(f"norm{stages}.{{name}}", "norm.{name}"),
             Rule("norm{i+1}.{name}", "stages.{i}.norm.{name}"),
             Rule("head.{name}", "head.{name}"),

@@ -23,7 +23,7 @@ from ...layers.reduce import TokenMap, TokenReducer
 from ...layers.stems import PatchEmbed
 from ...ops.tracing import count_steps
 from ..backbone import Backbone, Block, FeatureBackbone, Stage, Staged, stage_indices
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..features import FeatureInfo
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, MixerChoice, StageSpec
@@ -346,16 +346,6 @@ class TransformerFeatures(_Trunk, FeatureBackbone):
 
 # --------------------------------------------------------------------------------------------------------------------
 # published models
-
-
-def block_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """The names of plain blocks, the same everywhere."""
-    return (
-        Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-        Rule(f"{theirs}.attn.{{name}}", f"{ours}.mixer.op.{{name}}"),
-        Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-        Rule(f"{theirs}.mlp.{{name}}", f"{ours}.mlp.op.{{name}}"),
-    )
 
 
 OUTSIDE = (

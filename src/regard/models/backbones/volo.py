@@ -26,28 +26,18 @@ from ...layers.positions import PositionTable
 from ...layers.stems import ConvDownsample
 from ...ops.tracing import fill
 from ..backbone import Backbone, initialise_weights
-from ..checkpoints import Layout, Rule
+from ..checkpoints import Layout, Rule, block_rules
 from ..registry import ModelCard, register_models
 from ..spec import BackboneSpec, BlockSpec, StageSpec
-
-
-def _block_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.norm1.{{name}}", f"{ours}.mixer.norm.{{name}}"),
-        Rule(f"{theirs}.attn.{{name}}", f"{ours}.mixer.op.{{name}}"),
-        Rule(f"{theirs}.norm2.{{name}}", f"{ours}.mlp.norm.{{name}}"),
-        Rule(f"{theirs}.mlp.{{name}}", f"{ours}.mlp.op.{{name}}"),
-    )
-
 
 _RULES = (
     *(Rule(f"patch_embed.conv.{3 * n}.{{name}}", f"stem.conv.{n}.conv.{{name}}") for n in range(3)),
     *(Rule(f"patch_embed.conv.{3 * n + 1}.{{name}}", f"stem.conv.{n}.norm.{{name}}") for n in range(3)),
     Rule("patch_embed.proj.{name}", "stem.proj.{name}"),
-    *_block_rules("network.0.{j}", "stages.0.blocks.{j}"),
+    *block_rules("network.0.{j}", "stages.0.blocks.{j}"),
     Rule("network.1.proj.{name}", "stages.1.downsample.conv.{name}"),
     Rule("pos_embed", "stages.1.downsample.position.table"),
-    *_block_rules("network.{i+1}.{j}", "stages.{i}.blocks.{j}"),
+    *block_rules("network.{i+1}.{j}", "stages.{i}.blocks.{j}"),
     Rule("cls_token", "cls_token"),
     Rule("post_network.{name}", "class_blocks.{name}"),
     Rule("norm.{name}", "norm.{name}"),

@@ -18,7 +18,7 @@ from ...checks import check_flag, check_text, shown
 from ...files import whole_file
 from .files import open_checkpoint, read_state_dict, some, write_tensors
 from .fitting import HEADS, adapt, assign, computable, find_reading, own_tensors, share, unfit
-from .rules import TRANSFORMS, Layout, Part, Rule, Transform, split_rules
+from .rules import TRANSFORMS, Layout, Part, Rule, Transform, block_rules, split_rules
 
 __all__ = [
     "TRANSFORMS",
@@ -26,6 +26,7 @@ __all__ = [
     "Part",
     "Rule",
     "Transform",
+    "block_rules",
     "export_state_dict",
     "layouts_of",
     "load_checkpoint",

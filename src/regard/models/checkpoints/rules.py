@@ -91,6 +91,20 @@ def split_rules(count: int, pattern: str, target: str, transform: str | None = N
     return tuple(Rule(pattern.replace("{part}", str(index)), target, transform, Part(index, count)) for index in range(count))
 
 
+def block_rules(theirs: str, ours: str, *special: Rule, attn: str | None = "attn", mlp: str | None = "mlp") -> tuple[Rule, ...]:
+    """The rules of a transformer block: ``norm1``, attention, ``norm2`` and an MLP, with residual branches in ours.
+
+    Args:
+        theirs, ours: the names of the block.
+        *special: rules inside the block for names that differ; they come before the others.
+        attn, mlp: their names of the attention and of the MLP; None where ``special`` lists all that is in it.
+    """
+    inside = [*special, Rule("norm1.{name}", "mixer.norm.{name}"), Rule("norm2.{name}", "mlp.norm.{name}")]
+    branches = ((attn, "mixer.op"), (mlp, "mlp.op"))
+    inside += [Rule(f"{name}.{{name}}", f"{target}.{{name}}") for name, target in branches if name is not None]
+    return tuple(rule._replace(pattern=f"{theirs}.{rule.pattern}", target=f"{ours}.{rule.target}") for rule in inside)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The names of one foreign implementation.
