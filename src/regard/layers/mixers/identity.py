@@ -14,7 +14,7 @@ from .base import AttentionMixer, check_sizes_of, check_tokens
 from .registry import register_mixer
 
 
-@register_mixer("identity")
+@register_mixer("identity", label="no mixing")
 class IdentityMixer(nn.Module):
     """Returns what it is given.
 
