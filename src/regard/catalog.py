@@ -16,7 +16,7 @@ from functools import cache, partial
 from pkgutil import resolve_name
 from typing import Any
 
-from .layers.mixers import create_mixer, list_mixers, mixer_class
+from .layers.mixers import create_mixer, list_mixers, mixer_card
 from .listing import HEADS, WIDTH, rows
 from .models import ModelCard, count_parameters, list_models, model_card
 from .names import unknown_name
@@ -169,14 +169,16 @@ def _system(row: dict[str, str]) -> System:
 
 def mixer_rows(names: Sequence[str] | None = None, dim: int = WIDTH, heads: int = HEADS) -> list[dict[str, Any]]:
     """What there is to say of mixers in a line each: parameters, what it is, its cost and its paper."""
-    found: list[dict[str, Any]] = []
-    for name in list_mixers() if names is None else names:
-        text = sys.modules[mixer_class(name).__module__].__doc__ or ""
-        papers = ", ".join(dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", text)))
-        params = count_parameters(create_mixer(name, dim=dim, heads=heads))
-        what = text.split(":")[0].strip()
-        found.append({"name": name, "params": params, "what": what, "cost": read_account(text).cost, "arxiv": papers})
-    return found
+    return [
+        {
+            "name": card.name,
+            "params": count_parameters(create_mixer(card.name, dim=dim, heads=heads)),
+            "what": card.what,
+            "cost": card.cost,
+            "arxiv": ", ".join(card.papers),
+        }
+        for card in map(mixer_card, list_mixers() if names is None else names)
+    ]
 
 
 def model_rows() -> list[dict[str, Any]]:

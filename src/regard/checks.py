@@ -297,8 +297,8 @@ def checked(**least: int) -> Callable[[Function], Function]:
     """Check the arguments of a constructor by their annotations, before it runs.
 
     ``int`` is a whole number of at least 1, or of the argument's default where that is 0 or less; ``float`` a finite number;
-    ``bool`` a flag; ``str`` text; ``Sequence[int]`` and ``tuple[int, ...]`` whole numbers, one per axis. What else an
-    annotation allows is left to the constructor. ``device`` and ``dtype`` are such, annotated or not.
+    ``bool`` a flag; ``str`` text; ``Literal`` one of its words; ``Sequence[int]`` and ``tuple[int, ...]`` whole numbers, one
+    per axis. What else an annotation allows is left to the constructor. ``device`` and ``dtype`` are such, annotated or not.
 
     Args:
         **least: lower bounds of whole numbers that may be smaller, by the name of the argument.
@@ -362,4 +362,7 @@ def _check_kind(name: str, value: Any, allowed: set[Any], low: int) -> Any:
         return check_number(name, value)
     if kinds == {bool}:
         return check_flag(name, value)
+    words = [word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+    if words and all(isinstance(word, str) for word in words):
+        return check_choice(name, value, words)
     return check_text(name, value) if kinds == {str} else value

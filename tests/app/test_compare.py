@@ -64,7 +64,7 @@ def test_every_mechanism_with_places_has_a_picture_and_a_click_uses_what_ran(nam
         ("neighborhood", {"kernel_size": "99999"}, "kernel_size must be at most 64 here; got 99999"),
         ("neighborhood", {"kernel_size": "3,5,7"}, "kernel_size must be a whole number, or two such as 3,7; got '3,5,7'"),
         ("neighborhood", {"kernel_size": "x" * 999}, "got 'xxx"),
-        ("bi_level_routing", {"kernel_size": "0"}, "kernel_size must be at least 1; got 0"),
+        ("bi_level_routing", {"kernel_size": "0"}, "kernel_size must be at least 1; got int 0"),
         ("gated_positional", {"strength": "1e308"}, "strength must lie between -1e+06 and 1e+06; got 1e308"),
         ("outlook", {"kernel_size": "63"}, "learned values like this, more than 2e+07"),
         (PATTERN, {"pattern": " | ".join(["axis(0)"] * 6)}, "a pattern may have 200 letters and join 5 others here"),

@@ -11,27 +11,15 @@ from torch import Tensor, nn
 
 from regard import create_mixer, list_mixers
 from regard.bench import count
+from regard.layers.mixers import calls_of, mixer_card
 from regard.lens import capture
 
-OPTIONS = {
-    "bi_level_routing": {"regions": 3, "topk": 2},
-    "mixture_of_heads": {"shared": 1, "routed": 2},  # a single routed head always has the gate 1, whatever its router says
-    "sparsifiner": {"keep_rate": 0.4, "grid": (6, 7)},
-    "window": {"window_size": 4, "shift": 2},
-    "neighborhood": {"kernel_size": 3},
-    "halo": {"block_size": 3, "halo_size": 1},
-    "grid": {"grid_size": 3},
-    "multi_head": {"grid": (6, 7)},
-}
-"""For mixers that would not do all they can on a grid of 6 x 7 by default."""
-SILENT = {"sparsifiner": ("predictor.", "its choice is discrete: it learns from reconstruction_loss alone")}
-"""Parameters that get no gradient from the output, and why."""
-MIXERS = [name for name in list_mixers() if name != "identity"]  # has nothing to learn, to weigh or to count
+MIXERS = [name for name in list_mixers() if mixer_card(name).computes]  # has nothing to learn, to weigh or to count
 INPUTS = ["alone", "context", "extra", "both"]
 
 
 def make(name: str, **options) -> nn.Module:
-    return randomise(create_mixer(name, dim=16, heads=4, dtype=torch.float64, **OPTIONS.get(name, {}) | options))
+    return randomise(mixer_card(name).tiny(dtype=torch.float64, **options)[0])
 
 
 def tokens(seed: int, *grid: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -53,7 +41,7 @@ def run(mixer: nn.Module, inputs: str) -> Tensor:
 
 
 def learning(name: str, names) -> set[str]:
-    return {each for each in names if not each.startswith(SILENT[name][0])} if name in SILENT else set(names)
+    return {each for each in names if not each.startswith(tuple(mixer_card(name).unlearned))}
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -129,7 +117,7 @@ def test_wrong_arguments_are_refused_in_one_sentence(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_wrong_tokens_are_refused_in_one_sentence(name: str) -> None:
-    mixer = create_mixer(name, dim=16, heads=4, **OPTIONS.get(name, {}))
+    mixer, _ = mixer_card(name).tiny()
     x = torch.randn(2, 6, 7, 16)
     for given, said in (
         (torch.randn(2, 6, 7, 8), r"\(2, 6, 7, 8\)"),
@@ -154,7 +142,7 @@ def test_wrong_tokens_are_refused_in_one_sentence(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_tokens_of_another_dtype_than_the_weights_are_refused_in_one_sentence(name: str) -> None:
-    mixer = create_mixer(name, dim=16, heads=4, dtype=torch.float64, **OPTIONS.get(name, {}))
+    mixer, _ = mixer_card(name).tiny(dtype=torch.float64)
     if not list(mixer.parameters()):
         return
     with pytest.raises((ValueError, TypeError), match="float64, as the weights are; got a float32"):
@@ -172,3 +160,28 @@ def test_the_router_of_a_single_routed_head_decides_nothing() -> None:
     mixer = make("mixture_of_heads", shared=2, routed=1)
     run(mixer, "alone").square().sum().backward()
     assert without_gradient(mixer) == {"router.weight": "zero"}
+
+
+def test_a_card_says_what_is_known_of_a_mixer() -> None:
+    card = mixer_card("hilo")
+    assert (card.label, card.calls, card.papers) == ("HiLo", "parallel", ("2205.13213",))
+    assert card.cost == "s^2 + N / s^2 keys per query"
+    assert [mixer_card(name).label for name in ("multi_head", "mixture_of_heads")] == ["dense", "mixture-of-heads"]
+    assert not mixer_card("identity").computes
+    assert mixer_card("sparsifiner").options_for((3, 5)) == {"grid": (3, 5)}
+    module, given = mixer_card("window").tiny(dtype=torch.float64, shift=1)
+    assert repr(module.pattern) == "Window(4, shift=1)"
+    assert module(*given).shape == given[0].shape == (2, 6, 7, 16)
+    assert [calls_of(create_mixer(name, dim=16, heads=4)) for name in ("hilo", "criss_cross", "window")] == [
+        "parallel",
+        "sequence",
+        None,
+    ]
+    assert calls_of(nn.Identity()) is None
+
+
+def test_a_word_that_an_option_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pad must be one of mask, token; got 'tokn' \(did you mean token\?\)"):
+        create_mixer("window", dim=16, heads=4, pad="tokn")
+    with pytest.raises(TypeError, match="router must be one of linear, query_norm; got"):
+        create_mixer("mixture_of_heads", dim=16, heads=4, router=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regard.compare.contenders import DEMO, USUAL, parse_mixers
+from regard.compare.contenders import DEMO, parse_mixers
 from regard.layers.mixers import list_mixers
 from regard.models import create_model
 
@@ -45,5 +45,5 @@ def test_every_registered_mixer_builds_the_compact_model(name: str) -> None:
     assert create_model("compact_nano", num_classes=3, mixer=contender.choice).num_classes == 3
 
 
-def test_usual_choices_and_the_demo_name_registered_mixers() -> None:
-    assert set(USUAL) | set(DEMO) <= set(list_mixers())
+def test_the_demo_names_registered_mixers() -> None:
+    assert set(DEMO) <= set(list_mixers())

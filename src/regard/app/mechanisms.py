@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..layers.mixers import create_mixer, list_mixers, mixer_class
-from ..layers.mixers.base import PatternMixer
+from ..layers.mixers import AttentionMixer, PatternMixer, create_mixer, list_mixers, mixer_card
+from ..names import options_of
 from ..ops.patterns import Ints, as_pattern
 from ..text import read_literal
 
@@ -29,16 +29,8 @@ LONGEST, JOINED = 200, 5
 PARAMETERS = 20_000_000
 """Learned values that a mechanism may have."""
 
-UNSHOWN = frozenset({
-    "dim", "heads", "rank", "scale", "device", "dtype", "grid", "trained_grid", "prefix", "qkv_bias", "proj_bias", "v_bias",
-    "proj_drop", "attn_drop", "drop_path", "backend", "out", "hidden", "axes",
-})  # fmt: skip
-"""Parameters that change no picture, or that the playground knows itself."""
-WORDS = {"border": ("shift", "mask", "zero"), "pad": ("mask", "token"), "router": ("linear", "query_norm"),
-         "pool": ("conv", "mean")}  # fmt: skip
-"""What a parameter of text may be, where every mechanism that has it takes some of these."""
-SIZES = frozenset({"kernel_size", "conv_size", "stride"})
-"""Whole numbers that begin at one, wherever they appear."""
+UNSHOWN = frozenset({*options_of(AttentionMixer), "rank", "grid"})
+"""Parameters that all mixers may have: they change no picture, or the playground knows them itself."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +86,6 @@ class Field:
             raise ValueError(f"{self.name} must be {wanted}; got {short_text(text)}")
         if any(abs(n) > MOST for n in entries):
             raise ValueError(f"{self.name} must be at most {MOST} here; got {short_text(text)[1:-1]}")
-        if self.name in SIZES and min(entries) < 1:
-            raise ValueError(f"{self.name} must be at least 1; got {short_text(text)[1:-1]}")
         return value
 
 
@@ -112,17 +102,20 @@ def fields_of(name: str) -> tuple[Field, ...]:
     """
     if name == PATTERN:
         return (Field("pattern", "pattern", EXAMPLE),)
-    made = mixer_class(name)
+    card = mixer_card(name)
+    made = card.constructor
     hints = typing.get_type_hints(made.__init__)  # type: ignore[misc]  # of the class that the registry holds
     shown = []
     for parameter in inspect.signature(made).parameters.values():
-        if parameter.name in UNSHOWN or parameter.kind is parameter.VAR_KEYWORD:
+        if parameter.name in UNSHOWN | {*card.unseen} or parameter.kind is parameter.VAR_KEYWORD:
             continue
-        kinds = set(typing.get_args(hints[parameter.name]) or (hints[parameter.name],))
+        hint = hints[parameter.name]
+        words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        kinds = set(() if words else typing.get_args(hint) or (hint,))
         optional = type(None) in kinds
         if bool in kinds:
             kind = "flag"
-        elif str in kinds:
+        elif words:
             kind = "word"
         elif float in kinds:
             kind = "number"
@@ -130,7 +123,6 @@ def fields_of(name: str) -> tuple[Field, ...]:
             kind = "wholes"
         else:
             kind = "whole"
-        words = WORDS.get(parameter.name, ()) if kind == "word" else ()
         shown.append(Field(parameter.name, kind, parameter.default, optional, words))
     return tuple(shown)
 
@@ -188,10 +180,7 @@ def _made(name: str, values: Mapping[str, object], dim: int, heads: int, grid: i
         if pattern.rank() not in (None, 2):
             raise ValueError(f"{pattern!r} is for grids of {pattern.rank()} axes; a photograph has 2")
         return PatternMixer(dim, heads, pattern, relative_bias=False, rank=2)
-    sized = inspect.signature(mixer_class(name)).parameters.get("grid")
-    if sized is not None and sized.default is not None:  # made for one grid
-        arguments["grid"] = (grid, grid)
-    return create_mixer(name, dim=dim, heads=heads, **arguments)
+    return create_mixer(name, dim=dim, heads=heads, **mixer_card(name).options_for((grid, grid)), **arguments)
 
 
 def _sharp(mixer: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.mixers import create_mixer, list_mixers
+from ..layers.mixers import create_mixer, list_mixers, mixer_card
 from ..ops import attend
 from ..ops import patterns as P
 from ..ops.attention.transposed import attend_transposed
@@ -99,27 +99,17 @@ OPERATORS: dict[str, Operator] = {
     "channel": lambda q, k, v: channel_attend(q, k, v),
 }
 
-NO_COST = ("identity",)
-"""Mixers that compute nothing."""
-
-MIXER_OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {"sparsifiner": lambda side: {"grid": (side, side)}}
-"""Options of mixers that depend on the number of tokens per axis."""
-
-VARIED: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
-    # regions as many as the paper's analysis asks for, (topk / 2 tokens^2)^(1/6) per axis, instead of 7 on every map
-    "bi_level_routing, regions growing": ("bi_level_routing", lambda side: {"regions": max(2, round((2 * side**4) ** (1 / 6)))})
-}
-"""Mixers under further options."""
-
 
 def subjects() -> dict[str, Callable[[int], Run]]:
     """What is measured, by name: makes, for a side, what is timed. Mixers include their projections."""
     made: dict[str, Callable[[int], Run]] = {name: partial(_operator, compute) for name, compute in OPERATORS.items()}
-    for name in list_mixers():
-        if name not in NO_COST:
-            made[f"mixer {name}"] = partial(_mixer, name, MIXER_OPTIONS.get(name))
-    for label, (name, options) in VARIED.items():
-        made[f"mixer {label}"] = partial(_mixer, name, options)
+    cards = [mixer_card(name) for name in list_mixers()]
+    for card in cards:
+        if card.computes:
+            made[f"mixer {card.name}"] = partial(_mixer, card.name, card.options_for)
+    for card in cards:
+        for label, options in card.varied.items():
+            made[f"mixer {card.name}, {label}"] = partial(_mixer, card.name, options)
     return made
 
 
@@ -128,8 +118,8 @@ def _operator(compute: Operator, side: int) -> Run:
     return lambda: compute(q, k, v)
 
 
-def _mixer(name: str, options: Callable[[int], dict[str, Any]] | None, side: int) -> Run:
-    module = create_mixer(name, dim=HEADS * DIM, heads=HEADS, **(options(side) if options else {})).eval()
+def _mixer(name: str, options: Callable[[Sequence[int]], Mapping[str, Any]], side: int) -> Run:
+    module = create_mixer(name, dim=HEADS * DIM, heads=HEADS, **options((side, side))).eval()
     x, *_ = _inputs(side, HEADS * DIM)
     return lambda: module(x)
 

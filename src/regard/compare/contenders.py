@@ -6,24 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..layers.mixers import mixer_class
-from ..models.spec import MixerChoice
+from ..layers.mixers import mixer_card
 from ..names import check_options, options_of
 from ..text import read_call, read_literal
-
-LABELS: dict[str, str] = {
-    "multi_head": "dense",
-    "bi_level_routing": "bi-level routing",
-    "criss_cross": "criss-cross",
-    "identity": "no mixing",
-}
-"""How reports call mixers whose names do not read well."""
-
-USUAL: dict[str, MixerChoice] = {
-    "window": [("window", {"window_size": 8}), ("window", {"window_size": 8, "shift": 4})],
-    "bi_level_routing": ("bi_level_routing", {"regions": 4, "topk": 4}),
-}
-"""What a name without options stands for where the mixer's defaults, made for large images, do not suit compact models."""
 
 DEMO = ("multi_head", "window", "neighborhood", "bi_level_routing")
 
@@ -45,7 +30,7 @@ class Contender:
     @property
     def label(self) -> str:
         base, _, options = self.text.partition("(")
-        return LABELS.get(base, base.replace("_", "-")) + (f" ({options}" if options else "")
+        return mixer_card(base).label + (f" ({options}" if options else "")
 
     @property
     def folder(self) -> str:
@@ -94,8 +79,9 @@ def parse_mixer(text: str) -> Contender:
     except ValueError:
         raise ValueError(f"options of a mixer are written name=value, such as window(window_size=7); got {text!r}") from None
     ours = ("dim", "heads", "device", "dtype")
-    check_options("mixer", name, options, [option for option in options_of(mixer_class(name)) if option not in ours])
+    check_options("mixer", name, options, [option for option in options_of(mixer_card(name).constructor) if option not in ours])
     if options:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return Contender(f"{name}({shown})", (name, options), f"{name}({shown})")
-    return Contender(name, USUAL.get(name, name), name)
+    compact = [(name, dict(chosen)) for chosen in mixer_card(name).compact]  # the defaults are made for large images
+    return Contender(name, compact if len(compact) > 1 else compact[0] if compact else name, name)

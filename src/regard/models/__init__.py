@@ -7,7 +7,7 @@ from .checkpoints.ulsam import ulsam_layout
 from .generative.axial_transformer import AxialTransformer
 from .generative.dit import DITS, DiT, DiTSpec, create_dit
 from .generative.fit import FIT, FITAutoregressive, FITDenoiser
-from .registry import ModelCard, create_model, list_models, model_card, register_models
+from .registry import ModelCard, create_model, families, list_models, model_card, register_models
 from .spec import BackboneSpec, BlockSpec, StageSpec
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "create_dit",
     "create_model",
     "export_state_dict",
+    "families",
     "list_models",
     "load_checkpoint",
     "model_card",

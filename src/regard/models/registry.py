@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ..checks import (
     LARGEST,
@@ -28,6 +32,17 @@ LOWEST = {"shared": 0, "routed": 0, "prune_at": 0, "reduce_at": 0}
 """Options of tables that may be smaller than 1: counts of heads that may be none, and numbers of blocks."""
 RATES = ("drop_path", "drop", "attn_drop", "proj_drop")
 """Options of tables that are probabilities."""
+TINY: dict[str, Any] = {
+    "dim": 32,
+    "dims": (16, 32, 48),
+    "head_dim": 8,
+    "depth": 2,
+    "depths": (1, 1, 1, 1),
+    "stem_dim": 8,
+    "plain": 1,
+    "pretrain_size": 64,
+}
+"""What makes a model small, where its table takes it."""
 _CARDS: dict[str, ModelCard] = {}
 
 
@@ -42,6 +57,7 @@ class ModelCard:
         params: learned values.
         gmacs: published multiply-adds (papers call them FLOPs) for one image of ``input_size`` squared pixels, in 10^9.
         input_size: of the published weights; any other works.
+        options: changes to the table that make it small, beyond or instead of the usual ones.
     """
 
     name: str
@@ -50,14 +66,49 @@ class ModelCard:
     params: int
     gmacs: float
     input_size: int = 224
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """The name of the function that makes its table."""
+        return getattr(self.table, "func", self.table).__name__
+
+    @property
+    def tiny_options(self) -> dict[str, Any]:
+        """Changes to its table that make it narrow and shallow."""
+        taken = options_of(self.table)
+        return {key: value for key, value in TINY.items() if key in taken} | dict(self.options)
+
+    def tiny(self, **options) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """A narrow and shallow one for 5 classes, and what to call it with: two images of 61 x 83 pixels.
+
+        Args:
+            **options: see :func:`create_model`.
+        """
+        model = create_model(self.name, **{"num_classes": 5, **self.tiny_options, **options})
+        images = torch.randn(2, 3, 61, 83, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return model, (images.to(options.get("device"), options.get("dtype") or torch.float32),)
 
 
-def register_models(cards: Sequence[ModelCard]) -> None:
-    """Make models available to :func:`create_model`."""
+def register_models(cards: Sequence[ModelCard], tiny: Mapping[str, Any] | None = None) -> None:
+    """Make models available to :func:`create_model`.
+
+    Args:
+        cards: of the models.
+        tiny: changes to their tables that make small ones of them, where the usual ones do not; see :meth:`ModelCard.tiny`.
+    """
     for card in cards:
         if card.name in _CARDS:
             raise ValueError(f"model {card.name!r} is registered already")
-        _CARDS[card.name] = card
+        _CARDS[card.name] = replace(card, options=tiny) if tiny else card
+
+
+def families() -> dict[str, str]:
+    """The smallest model of each function that makes tables, by the name of that function."""
+    smallest: dict[str, str] = {}
+    for card in sorted(_CARDS.values(), key=lambda card: (card.params, card.name)):
+        smallest.setdefault(card.family, card.name)
+    return dict(sorted(smallest.items()))
 
 
 def model_card(name: str) -> ModelCard:

@@ -26,7 +26,7 @@ from .multi_head import MultiHeadAttention
 from .neighborhood import NeighborhoodAttention
 from .outlook import OutlookAttention
 from .partial_channel import PartialChannelAttention
-from .registry import create_mixer, list_mixers, mixer_class, register_mixer
+from .registry import MixerCard, calls_of, create_mixer, list_mixers, mixer_card, mixer_class, register_mixer
 from .reversed import ReversedAttention
 from .sparsifiner import SparsifinerAttention, distillation_loss, reconstruction_loss
 from .strip import StripAttention
@@ -50,6 +50,7 @@ __all__ = [
     "IdentityMixer",
     "LocallyEnhancedAttention",
     "MSAConv",
+    "MixerCard",
     "MixtureOfAggregatedHeads",
     "MixtureOfCosineHeads",
     "MixtureOfHeadsAttention",
@@ -64,10 +65,12 @@ __all__ = [
     "StripAttention",
     "TokenMixer",
     "WindowAttention",
+    "calls_of",
     "collect_balance",
     "create_mixer",
     "distillation_loss",
     "list_mixers",
+    "mixer_card",
     "mixer_class",
     "reconstruction_loss",
     "register_mixer",

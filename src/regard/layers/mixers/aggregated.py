@@ -81,7 +81,7 @@ class CosineAttention(AttentionMixer):
         return super().attend(self.length_scale(q, keys), sources, q_start)
 
 
-@register_mixer("aggregated")
+@register_mixer("aggregated", unseen=("trained_grid",))
 class AggregatedAttention(SplitMixer):
     """Attention to a window around each token and to the pooled map at once, plus a learned local term.
 

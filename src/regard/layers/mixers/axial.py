@@ -20,7 +20,7 @@ from .base import AttentionMixer
 from .registry import register_mixer
 
 
-@register_mixer("axial")
+@register_mixer("axial", unseen=("axes",))
 class AxialAttention(AttentionMixer):
     """Attention along axes, one softmax an axis, on common projections.
 

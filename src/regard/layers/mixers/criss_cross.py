@@ -21,7 +21,7 @@ from .base import AttentionMixer
 from .registry import register_mixer
 
 
-@register_mixer("criss_cross")
+@register_mixer("criss_cross", label="criss-cross", calls="sequence")
 class CrissCrossAttention(AttentionMixer):
     """Attention along all axes under one softmax, without scale, as a residual whose weight ``gamma`` starts at zero.
 

@@ -11,7 +11,7 @@ from .base import PatternMixer
 from .registry import register_mixer
 
 
-@register_mixer("grid")
+@register_mixer("grid", tiny={"grid_size": 3})
 class GridAttention(PatternMixer):
     """Attention over a dilated global grid, with a learned bias over offsets counted in its steps.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,7 @@ from .base import AttentionMixer
 from .registry import register_mixer
 
 
-@register_mixer("halo")
+@register_mixer("halo", tiny={"block_size": 3, "halo_size": 1})
 class HaloAttention(AttentionMixer):
     """Blocked local attention with learned relative embeddings, common to all heads.
 
@@ -47,7 +48,7 @@ class HaloAttention(AttentionMixer):
         halo_size: P.Ints = 3,
         *,
         stride: int = 1,
-        border: str = "zero",
+        border: Literal["shift", "mask", "zero"] = "zero",
         relative_embedding: bool = True,
         rank: int = 2,
         **projections,

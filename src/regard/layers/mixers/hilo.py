@@ -7,13 +7,13 @@ Cost: s^2 + N / s^2 keys per query. Source: Pan et al., LITv2, arXiv:2205.13213.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checks import check_choice, checked
+from ...checks import checked
 from ...ops import Source
 from ...ops.calls.footprint import Footprint
 from ...ops.patterns import Dense
@@ -42,7 +42,7 @@ class PooledAttention(SplitMixer):
         return [Source(k, v, Dense(), footprint=Footprint(tuple(q.shape[1:-2]), "windows", self.window_size))]
 
 
-@register_mixer("hilo")
+@register_mixer("hilo", label="HiLo", calls="parallel")
 class HiLoAttention(TokenMixer):
     """Heads for high frequencies in windows, heads for low frequencies over pooled tokens.
 
@@ -66,13 +66,21 @@ class HiLoAttention(TokenMixer):
 
     @checked()
     def __init__(
-        self, dim: int, heads: int, window_size: int = 2, alpha: float = 0.5, *, pad: str = "mask", rank: int = 2, **projections
+        self,
+        dim: int,
+        heads: int,
+        window_size: int = 2,
+        alpha: float = 0.5,
+        *,
+        pad: Literal["mask", "token"] = "mask",
+        rank: int = 2,
+        **projections,
     ) -> None:
         super().__init__(dim, heads)
         if not 0.0 <= alpha <= 1.0 or window_size < 1:
             raise ValueError(f"alpha must be from 0 to 1 and window_size at least 1; got {alpha=}, {window_size=}")
         self.window_size, self.rank = window_size, rank
-        self.pad = check_choice("pad", pad, ("mask", "token"))
+        self.pad = pad
         low = heads if window_size == 1 else int(heads * alpha)
         head_dim = dim // heads
         self.pool = PoolKV("mean", window_size)

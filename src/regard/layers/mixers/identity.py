@@ -14,7 +14,7 @@ from .base import AttentionMixer, TokenMixer
 from .registry import register_mixer
 
 
-@register_mixer("identity")
+@register_mixer("identity", label="no mixing")
 class IdentityMixer(TokenMixer):
     """Returns what it is given.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class HeadMixture(AttentionMixer):
         shared: int | None = None,
         routed: int | None = None,
         *,
-        router: str = "linear",
+        router: Literal["linear", "query_norm"] = "linear",
         **attention,
     ) -> None:
         super().__init__(dim, heads, **attention)
@@ -77,7 +77,7 @@ class HeadMixture(AttentionMixer):
                 f"of {heads} heads 0 to {heads} may be shared, and 1 to all of the others routed; "
                 f"got shared={self.shared}, routed={self.routed}"
             )
-        self.kind = check_choice("router", router, ("linear",) if self.unit_queries else ("linear", "query_norm"))
+        self.kind = check_choice("router", router, ("linear",)) if self.unit_queries else router
         if self.kind == "query_norm" and others == 1:
             raise ValueError("a single routed head has no other whose query norm to compare with")
         self.losses: list[Tensor] | None = None
@@ -135,7 +135,8 @@ class HeadMixture(AttentionMixer):
         return f"{super().extra_repr()}, shared={self.shared}, routed={self.routed}, router={self.kind!r}"
 
 
-@register_mixer("mixture_of_heads")
+# a single routed head always has the gate 1, whatever its router says
+@register_mixer("mixture_of_heads", tiny={"shared": 1, "routed": 2})
 class MixtureOfHeadsAttention(HeadMixture, MultiHeadAttention):
     """Attention of every token to every token, whose first ``shared`` heads are always on and ``routed`` of the others.
 

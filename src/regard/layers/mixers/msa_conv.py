@@ -55,7 +55,7 @@ class TokenConv(nn.Module):
         return convolve_tokens(self.conv, alone).reshape(*x.shape[:-1], -1)
 
 
-@register_mixer("msa_conv")
+@register_mixer("msa_conv", label="MSA-Conv", unseen=("out", "drop_path"))
 class MSAConv(AttentionMixer):
     """Attention within a kernel, the residual, a convolution and ReLU: a whole layer, which may halve the grid.
 

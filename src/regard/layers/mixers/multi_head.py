@@ -13,7 +13,7 @@ from .base import PatternMixer
 from .registry import register_mixer
 
 
-@register_mixer("multi_head")
+@register_mixer("multi_head", label="dense", tiny={"grid": (6, 7)})
 class MultiHeadAttention(PatternMixer):
     """Attention of every token to every token.
 

@@ -6,14 +6,15 @@ Cost: linear in tokens, kernel volume keys per query. Source: Hassani et al., NA
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from ...checks import check_choice, check_per_axis, checked
+from ...checks import check_per_axis, checked
 from ...ops import patterns as P
 from .base import PatternMixer
 from .registry import register_mixer
 
 
-@register_mixer("neighborhood")
+@register_mixer("neighborhood", tiny={"kernel_size": 3})
 class NeighborhoodAttention(PatternMixer):
     """Attention to the nearest tokens, optionally dilated, strided and causal, with a learned relative bias.
 
@@ -37,9 +38,9 @@ class NeighborhoodAttention(PatternMixer):
         stride: P.Ints = 1,
         causal: bool | tuple[bool, ...] = False,
         *,
-        border: str = "shift",
+        border: Literal["shift", "mask", "zero"] = "shift",
         relative_bias: bool = True,
-        pad: str = "mask",
+        pad: Literal["mask", "token"] = "mask",
         rank: int = 2,
         **projections,
     ) -> None:
@@ -52,7 +53,7 @@ class NeighborhoodAttention(PatternMixer):
             **projections,
         )
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.pad = check_choice("pad", pad, ("mask", "token"))
+        self.pad = pad
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":

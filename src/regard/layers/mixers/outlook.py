@@ -23,7 +23,7 @@ from .base import TokenMixer
 from .registry import register_mixer
 
 
-@register_mixer("outlook")
+@register_mixer("outlook", unseen=("v_bias",))
 class OutlookAttention(TokenMixer):
     """Dynamic kernels from single tokens: no queries and keys, so that no pair of tokens is ever compared.
 

@@ -38,7 +38,7 @@ class Sent(NamedTuple):
     """``(batch, senders, receivers)``: how much each token sends to each, without gradient; rows sum to the message."""
 
 
-@register_mixer("reversed")
+@register_mixer("reversed", unseen=("hidden",))
 class ReversedAttention(AttentionMixer):
     """Attention that sends instead of gathering, all tokens to all, those outside the grid like the others.
 

@@ -99,7 +99,13 @@ class ConnectivityPredictor(nn.Module):
         return torch.cat([outside, maps.flatten(1).T])
 
 
-@register_mixer("sparsifiner")
+@register_mixer(
+    "sparsifiner",
+    tiny={"keep_rate": 0.4},
+    sized=lambda grid: {"grid": tuple(grid)},
+    unseen=("prefix",),
+    unlearned={"predictor.": "its choice is discrete: it learns from reconstruction_loss alone"},
+)
 class SparsifinerAttention(MultiHeadAttention):
     """Attention of every token of the grid to the keys that a predictor lists for it, other keys for every image and head.
 

@@ -7,11 +7,11 @@ Cost: N^2 (s heads + C) / r^2 multiply-adds. Source: Xu et al., S2AFormer, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ...checks import check_choice, check_integer, checked
+from ...checks import check_integer, checked
 from ...ops import Source
 from ...ops.calls.footprint import Footprint
 from ...ops.patterns import Dense
@@ -47,14 +47,13 @@ class StripAttention(SplitMixer):
         ratio: int = 2,
         *,
         strip: int = 1,
-        pool: str = "conv",
+        pool: Literal["conv", "mean"] = "conv",
         rank: int = 2,
         **projections,
     ) -> None:
         check_sizes_of(dim, heads)
         check_integer("strip", strip, 1)
         check_integer("ratio", ratio, 1)
-        check_choice("pool", pool, ("conv", "mean"))
         super().__init__(dim, heads, head_dim=strip, value_dim=dim // heads, **projections)
         self.ratio = ratio
         self.pool: nn.Module = nn.Identity()

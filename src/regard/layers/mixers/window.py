@@ -6,15 +6,20 @@ Cost: linear in tokens, M^2 keys per query. Source: Liu et al., Swin Transformer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-from ...checks import check_choice, check_per_axis, checked
+from ...checks import check_per_axis, checked
 from ...ops import patterns as P
 from ...ops.tracing import fill
 from .base import PatternMixer
 from .registry import register_mixer
 
 
-@register_mixer("window")
+@register_mixer(
+    "window",
+    tiny={"window_size": 4, "shift": 2},
+    compact=({"window_size": 8}, {"window_size": 8, "shift": 4}),
+)
 class WindowAttention(PatternMixer):
     """Attention inside (shifted) windows with a learned relative bias.
 
@@ -38,13 +43,13 @@ class WindowAttention(PatternMixer):
         shift: P.Ints = 0,
         *,
         relative_bias: bool = True,
-        pad: str = "mask",
+        pad: Literal["mask", "token"] = "mask",
         rank: int = 2,
         **projections,
     ) -> None:
         super().__init__(dim, heads, P.Window(window_size, shift), relative_bias=relative_bias, rank=rank, **projections)
         self.window_size = window_size
-        self.pad = check_choice("pad", pad, ("mask", "token"))
+        self.pad: str = pad
 
     def padding(self, grid: Sequence[int]) -> Sequence[int]:
         if self.pad == "mask":

@@ -67,5 +67,6 @@ register_models(
     [
         ModelCard("compact_nano", partial(compact), _PAPER, 159_240, 0.0188, 64),
         ModelCard("compact_small", partial(compact, 64, (2, 4), head_dim=32, drop_path=0.1), _PAPER, 762_664, 0.0743, 64),
-    ]
+    ],
+    tiny={"depths": (1, 1)},
 )

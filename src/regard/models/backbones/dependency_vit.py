@@ -190,4 +190,4 @@ register_models([
     ModelCard("dependency_vit_small", partial(dependency_vit), _PAPER, 22_992_232, 4.95),
     ModelCard("dependency_vit_lite_tiny", partial(dependency_vit, dim=192, drop=0.16), _PAPER, 5_967_016, 0.92),
     ModelCard("dependency_vit_lite_small", partial(dependency_vit, drop=0.16), _PAPER, 22_992_232, 3.29),
-])  # fmt: skip
+], tiny={"heads": 4})  # fmt: skip

@@ -262,4 +262,4 @@ register_models([
     ModelCard("dualtoken_vit_tiny_mix", partial(dualtoken_vit, mix=True, **_TINY), _PAPER, 5_780_505, 0.501),
     ModelCard("dualtoken_vit_small", partial(dualtoken_vit), _PAPER, 12_146_622, 1.053),
     ModelCard("dualtoken_vit_small_mix", partial(dualtoken_vit, mix=True), _PAPER, 11_646_011, 1.040),
-])  # fmt: skip
+], tiny={"depths": (1, 1, 1), "heads": (2, 2, 2)})  # fmt: skip

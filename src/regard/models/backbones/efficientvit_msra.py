@@ -134,4 +134,4 @@ register_models([
     ModelCard("efficientvit_m3", _M3, _PAPER, 6_900_722, 0.263),
     ModelCard("efficientvit_m4", _M4, _PAPER, 8_804_228, 0.299),
     ModelCard("efficientvit_m5", _M5, _PAPER, 12_473_772, 0.522),
-])  # fmt: skip
+], tiny={"depths": (1, 1, 2), "heads": (2, 4, 4), "head_dim": 4})  # fmt: skip

@@ -329,4 +329,4 @@ register_models([
     ModelCard("halonet50ts", _50, _PAPER, 22_733_280, 5.3, 256),
     ModelCard("sehalonet33ts", _33, _PAPER, 13_691_712, 3.6, 256),
     ModelCard("eca_halonext26ts", _NEXT, _PAPER, 10_756_885, 2.4, 256),
-])  # fmt: skip
+], tiny={"ratios": (0.5, 0.5, 0.5, 0.5)})  # fmt: skip

@@ -303,4 +303,4 @@ register_models([
     ModelCard("lookupvit_base_tubelet2x16_224.k400", _VIDEO, _PAPER, 138_623_632, 182.4),
     ModelCard("lookupvit_base_tubelet2x16_224.ssv2", partial(_VIDEO, num_classes=174), _PAPER, 138_449_838, 182.4),
     ModelCard("lookupvit_large_tubelet2x16_224.k400", partial(_VIDEO, dim=1024, depth=24), _PAPER, 484_001_168, 597.5),
-])  # fmt: skip
+], tiny={"size": (10, 9)})  # mixers work on the compressed tokens  # fmt: skip

@@ -373,4 +373,10 @@ register_models([
     ModelCard("overlock_t_reparam", partial(_T, merged=True), _PAPER, 33_467_040, 5.5),
     ModelCard("overlock_s_reparam", partial(_S, merged=True), _PAPER, 56_156_452, 9.7),
     ModelCard("overlock_b_reparam", partial(_B, merged=True), _PAPER, 94_942_528, 16.7),
-])  # fmt: skip
+], tiny={
+    "dims": (8, 12, 16, 24),
+    "focus_depths": (2, 1),
+    "focus_heads": (2, 1),
+    "kernel_sizes": (7, 5, 7, 5),
+    "features": 32,
+})  # fmt: skip

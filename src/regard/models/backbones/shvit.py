@@ -115,4 +115,4 @@ register_models([
     ModelCard("shvit_s2", _S2, _PAPER, 11_483_072, 0.366),
     ModelCard("shvit_s3", _S3, _PAPER, 14_245_273, 0.601),
     ModelCard("shvit_s4", _S4, _PAPER, 16_588_484, 0.986, 256),
-])  # fmt: skip
+], tiny={"depths": (1, 1, 2), "parts": (None, 8, 8)})  # fmt: skip

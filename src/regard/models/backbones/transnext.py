@@ -175,10 +175,10 @@ _MOH = "2410.11842"
 _MOH_SMALL = partial(moh_transnext, dim=72, depths=(5, 5, 22, 5), routed=(0, 0, 6, 12), drop_path=0.45)
 _MOH_BASE_50 = partial(moh_transnext, shared=(2, 2, 2, 4), routed=(2, 4, 6, 8))
 
-# multiply-adds of all heads, which the release computes
+# multiply-adds of all heads, which the release computes; the router of a single routed head decides nothing
 register_models([
     ModelCard("moh_transnext_small_75", partial(_MOH_SMALL, shared=(3, 6, 3, 4)), _MOH, 49_910_548, 10.3),
     ModelCard("moh_transnext_small_80", partial(_MOH_SMALL, shared=(3, 6, 3, 8)), _MOH, 49_910_548, 10.3),
     ModelCard("moh_transnext_base_50", _MOH_BASE_50, _MOH, 90_023_512, 18.4),
     ModelCard("moh_transnext_base_75", partial(moh_transnext), _MOH, 90_020_632, 18.4),
-])  # fmt: skip
+], tiny={"shared": (2, 2, 2, 2), "routed": (2, 2, 2, 2)})  # fmt: skip

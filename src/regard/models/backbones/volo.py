@@ -300,4 +300,4 @@ register_models([
     _card("volo_d5_224", _D5, 295_455_584, 72.4),
     _card("volo_d5_448", _D5, 295_907_168, 315.06, 448),
     _card("volo_d5_512", _D5, 296_091_488, 425.09, 512),
-])  # fmt: skip
+], tiny={"grid": (5, 5)})  # fmt: skip
