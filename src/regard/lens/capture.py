@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from ..checks import LARGEST, check_flag, check_integer, check_number, check_text, shown
 from ..hosts import attach
 from ..hosts.running import Trail
-from ..layers.mixers import AttentionMixer
-from ..layers.mixers.criss_cross import CrissCrossAttention
-from ..layers.mixers.hilo import HiLoAttention
+from ..layers.mixers import AttentionMixer, calls_of
 from ..layers.reduce import TokenMap
 from ..ops.calls.footprint import Footprint
 from ..ops.calls.observe import OBSERVERS, WATCHERS, Record, Weighing, listening, within
@@ -338,10 +336,10 @@ class _Recorder(Trail):
     def _run(self) -> tuple[int, str | None]:
         """The run that an attention belongs to, and how the attentions of that run stand to each other."""
         for module, run in zip(self.modules, self.runs, strict=True):
-            if isinstance(module, HiLoAttention):
+            if calls_of(module) == "parallel":
                 return run.number, "parallel"
         innermost, run = self._running()
-        return run.number, "sequence" if isinstance(innermost, CrissCrossAttention) else None
+        return run.number, "sequence" if innermost is not None and calls_of(innermost) == "sequence" else None
 
     # ----- what is kept
 
