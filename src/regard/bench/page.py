@@ -28,8 +28,8 @@ is not timed, so that caches and threads are as in a loop; on several threads a 
 
 NOTES = {
     "operators": """
-Softmax attention of regard runs in C compiled for the processor ([ops/native](../src/regard/ops/native)); whole tiles are
-shared out over the threads, and the last column shows what a second one brings. Matrix products of torch (MKL) keep to
+Softmax attention of regard runs in C compiled for the processor ([ops/backends/native](../src/regard/ops/backends/native));
+whole tiles are shared out over the threads, and the last column shows what a second one brings. Matrix products of torch (MKL) keep to
 256-bit vectors on processors that are not Intel's: where the processor has 512, a good part of the lead lies there.
 """,
     "growth": """
