@@ -29,8 +29,8 @@ is not timed, so that caches and threads are as in a loop; on several threads a 
 NOTES = {
     "operators": """
 Softmax attention of regard runs in C compiled for the processor ([ops/backends/native](../src/regard/ops/backends/native));
-whole tiles are shared out over the threads, and the last column shows what a second one brings. Matrix products of torch (MKL) keep to
-256-bit vectors on processors that are not Intel's: where the processor has 512, a good part of the lead lies there.
+whole tiles are shared out over the threads, and the last column shows what a second one brings. Matrix products of torch (MKL)
+keep to 256-bit vectors on processors that are not Intel's: where the processor has 512, a good part of the lead lies there.
 """,
     "growth": """
 Time and peak memory (all tensors beyond the inputs, output included) from 14 x 14 to 224 x 224 tokens, batch 1, 4 heads of 32,
