@@ -166,7 +166,7 @@ def test_command_writes_a_picture_and_a_page_that_needs_nothing_else(tmp_path, c
         (("chelsea", "--model", VIT, "--rollout", "--normalise", "none"), "normalise must be one of"),
         (
             ("chelsea", "--model", VIT, "--rollout", "--layers", "nowhere*"),
-            "no layer that attends matches 'nowhere*'; there are blocks.0.",
+            "no layer that attends matches 'nowhere*'; there are stages.0.blocks.0.",
         ),
     ],
 )

@@ -385,5 +385,5 @@ def test_recomputed_blocks_change_no_gradient():
 def test_wrong_tables_are_told():
     with pytest.raises(ValueError, match=r"one per axis of images \(2\) or videos \(3\); got \(16,\)"):
         lookup_vit(patch_size=(16,))
-    with pytest.raises(ValueError, match=r"axes \(2, 16, 16\); got \(32, 224\)"):
+    with pytest.raises(ValueError, match=r"size must be a number, or 3 of them, one per axis; got tuple \(32, 224\)"):
         lookup_vit(patch_size=(2, 16, 16), image_size=(32, 224))
