@@ -418,6 +418,15 @@ def test_what_cannot_be_reached_or_seen_is_refused() -> None:
         (lambda call: replace(call, output=torch.zeros(1)), r"output of an answer for '' must be \(2, 2, 3, 4\)"),
         (lambda call: replace(call, bias=torch.zeros(5, 5)), r"bias of an answer for '' must broadcast to \(2, 2, 3, 3\)"),
         (lambda call: replace(call, k=None), r"k of an answer must be a tensor; got None"),
+        (lambda call: replace(call, scale=math.nan), r"scale of an answer for '' must be"),
+        (lambda call: replace(call, scale="1"), r"scale of an answer for '' must be"),
+        (lambda call: replace(call, v=call.v.double()), r"v of an answer for '' must be .*float32.*; got a float64 tensor"),
+        (lambda call: replace(call, bias=torch.zeros(3, 3, dtype=torch.long)), r"bias of an answer for '' must be"),
+        (
+            lambda call: replace(call, k=call.k[..., :2]),
+            r"q and k of an answer for '' need one head_dim, .*; got q \(2, 2, 3, 4\)",
+        ),
+        (lambda call: replace(call, k=call.k[:, :1]), r"need one head_dim, k and v heads that divide those of q"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused(answer, told: str) -> None:
@@ -433,3 +442,32 @@ def test_sinks_and_bounded_logits_are_refused_as_no_bias_says_them() -> None:
     model = transformers.Gemma2Model(config).eval()
     with attach(model, lambda call: None), pytest.raises(ValueError, match=r"bounds its logits \(softcap\)"):
         model(tokens(1, 5))
+
+
+def test_what_hides_keys_by_itself_is_refused() -> None:
+    model, inputs = made(bert, "sdpa")
+    transformers.AttentionInterface.register("another", lambda *_, **__: None)
+    model.set_attn_implementation("another")
+    with attach(model, lambda call: None), pytest.raises(ValueError, match=r"attends by 'another', whose masks are its own"):
+        model(**inputs)
+
+
+def test_a_causal_hint_without_a_mask_is_refused_as_by_torch() -> None:
+    module = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(1, 3, 8)
+    with attach(module, lambda call: replace(call, v=2 * call.v)), pytest.raises(RuntimeError, match="attn_mask"):
+        module(x, x, x, is_causal=True)
+
+
+def test_fewer_keys_need_another_bias() -> None:
+    module = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x, mask = torch.randn(2, 4, 8), torch.zeros(4, 4, dtype=torch.bool).fill_diagonal_(True)
+
+    def first_half(call: HostCall) -> HostCall:
+        return replace(call, k=call.k[:, :, :2], v=call.v[:, :, :2])
+
+    with attach(module, first_half):
+        found = module(x, x, x, need_weights=False)[0]
+        with pytest.raises(ValueError, match=r"bias of an answer for '' must broadcast to \(2, 2, 4, 2\)"):
+            module(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(found, module(x, x[:, :2], x[:, :2], need_weights=False)[0])

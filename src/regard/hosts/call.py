@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import shown
+from ..checks import check_number, check_tensor, shown
 from .windows import Windows
 
 After = Callable[[Tensor, Callable[[Tensor], Tensor]], None]
@@ -149,7 +149,14 @@ def _check(call: HostCall, answer: HostCall) -> None:
             raise TypeError(f"{name} of an answer must be a tensor; got {shown(tensor)}")
         if tensor.ndim != 4 or any(n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)):
             raise ValueError(f"{name} of an answer for {call.path!r} must be {shape} (-1: any); got {shown(tensor)}")
-    if answer.bias is not call.bias and answer.bias is not None:
+        if tensor is not getattr(call, name):
+            check_tensor(f"{name} of an answer for {call.path!r}", tensor, (call.v.dtype,), device=call.v.device)
+    if answer.k is not None and answer.q is not None:
+        _check_pair(call.path, answer.q, answer.k, answer.v)
+    if answer.scale is not call.scale:
+        check_number(f"scale of an answer for {call.path!r}", answer.scale)
+    if answer.bias is not None:
+        check_tensor(f"bias of an answer for {call.path!r}", answer.bias, device=call.v.device)
         full = (batch, heads, call.queries, answer.keys)
         try:
             fits = torch.broadcast_shapes(answer.bias.shape, full) == full
@@ -157,6 +164,14 @@ def _check(call: HostCall, answer: HostCall) -> None:
             fits = False
         if not fits:
             raise ValueError(f"bias of an answer for {call.path!r} must broadcast to {full}; got {shown(answer.bias)}")
+
+
+def _check_pair(path: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.shape[-1] != k.shape[-1] or k.shape[1] != v.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        told = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(
+            f"q and k of an answer for {path!r} need one head_dim, k and v heads that divide those of q; got {told}"
+        )
 
 
 def bias_of(mask: Tensor | None, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor | None:

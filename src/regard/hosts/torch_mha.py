@@ -39,6 +39,9 @@ def multi_head(module: nn.MultiheadAttention):
 
     def wrap(forward: Forward, attachments: list[Attachment]) -> Forward:
         def run(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **options):
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            if options.get("is_causal") and attn_mask is None:  # a hint without a mask: torch says what is wrong
+                return forward(query, key, value, need_weights=need_weights, **masks, **options)
             answer = _ANSWERS.given.get(module)
             if answer is None:
                 answer = _Answer(*asked(attachments, _call(module, query, key, value, key_padding_mask, attn_mask)))
@@ -46,7 +49,6 @@ def multi_head(module: nn.MultiheadAttention):
             if answer.edited:
                 output = _computed(module, answer.call, query.ndim, need_weights, **options)
             else:
-                masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
                 output = forward(query, key, value, need_weights=need_weights, **masks, **options)
             _done(module, answer.call, output[0], query.ndim)
             return output

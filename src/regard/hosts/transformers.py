@@ -18,6 +18,8 @@ from .replacing import Change, change_of
 
 INTERFACE = "regard_hosts"
 """The name of the attention function that the modules ask for meanwhile."""
+KNOWN = ("eager", "sdpa")
+"""Attention functions whose mask is all that hides a key."""
 UNSEEN = {"softcap": "bounds its logits", "s_aux": "has sinks"}
 """Keywords that change what is computed beyond queries, keys, values and bias, and how."""
 
@@ -58,7 +60,7 @@ def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
     attachments: list[Attachment] = change.here() if change else []
     if not attachments:
         return usual(module, query, key, value, attention_mask, **options)
-    call, edited = asked(attachments, _call(module, attachments, query, key, value, attention_mask, options))
+    call, edited = asked(attachments, _call(module, name, attachments, query, key, value, attention_mask, options))
     if edited:
         output = call.computed(options.get("dropout") or 0.0).transpose(1, 2).contiguous(), None
     else:
@@ -68,7 +70,21 @@ def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
     return output
 
 
-def _call(module, attachments: list[Attachment], query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]):
+def _call(
+    module,
+    name: str | None,
+    attachments: list[Attachment],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    options: dict[str, Any],
+) -> HostCall:
+    if name is not None and name not in KNOWN:
+        raise ValueError(
+            f"{attachments[0].names[module]!r} ({type(module).__name__}) attends by {name!r}, whose masks are its own: choose "
+            f"one of {KNOWN} by set_attn_implementation"
+        )
     for keyword, how in UNSEEN.items():
         if options.get(keyword) is not None:
             raise ValueError(f"{attachments[0].names[module]!r} ({type(module).__name__}) {how} ({keyword}): no bias says that")

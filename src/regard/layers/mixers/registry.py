@@ -117,9 +117,8 @@ def create_mixer(name: str, *values, **arguments) -> nn.Module:
 
     Args:
         name: one of :func:`list_mixers`.
-        **arguments: its constructor's; all take ``dim`` and ``heads``.
-
-    Tokens outside the grid see its tokens, but for classes whose ``joins_extra`` is False.
+        **arguments: its constructor's; all take ``dim`` and ``heads``. Tokens outside the grid see its tokens, but for classes
+            whose ``joins_extra`` is False.
 
     Raises:
         ValueError: unknown name or option, with the nearest matches; an option that is missing or out of bounds.
