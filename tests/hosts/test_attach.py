@@ -148,6 +148,12 @@ def test_transformers_show_what_they_multiply_and_take_what_is_changed(build, ki
     check_editor(model, run)
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_causal_attention_without_a_mask_is_shown_with_its_bias(build) -> None:
+    model, inputs = made(build, "sdpa")
+    check_listener(model, torch.no_grad()(lambda: first(model(inputs["input_ids"]))), 2)
+
+
 def test_a_silent_head_of_transformers_is_one_whose_values_are_zero() -> None:
     model, inputs = made(vit, "sdpa")
     expected = transformers.ViTModel(model.config).eval()
@@ -262,6 +268,13 @@ def test_timm_shows_what_it_multiplies_and_takes_what_is_changed(fused: bool) ->
     run = torch.no_grad()(lambda: model(image()))
     check_listener(model, run, 2)
     check_editor(model, run)
+    kept = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+    with attach(model, lambda call: replace(call, v=call.v * kept)):
+        silent = run()
+    for block in model.blocks:
+        block.attn.qkv.weight.data[56:64] = 0.0  # the values of head 1, of 8 channels
+        block.attn.qkv.bias.data[56:64] = 0.0
+    torch.testing.assert_close(silent, run())
     with attach(model, lambda call: replace(call, scale=2.0)):
         if fused:
             assert run().isfinite().all()
