@@ -100,8 +100,17 @@ def computed(call: HostCall) -> Tensor:
     return torch.einsum("bhqk,bhkd->bhqd", weights, v)
 
 
+def check_untouched(model: nn.Module, own: dict[str, dict]) -> None:
+    """Every module has the attributes that it had, and nothing waits to be put back."""
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == own[name].keys(), name
+        assert all(module.__dict__[key] is value for key, value in own[name].items() if key != "_buffers"), name
+        assert change_of(module, "forward") is change_of(module, "config") is None
+
+
 def check_listener(model: nn.Module, run: Callable[[], Tensor], attentions: int) -> None:
     """What is shown is what is multiplied; the model's output keeps its bits."""
+    own = {name: dict(module.__dict__) for name, module in model.named_modules()}
     plain = run()
     seen: list[tuple[HostCall, Tensor]] = []
 
@@ -110,6 +119,7 @@ def check_listener(model: nn.Module, run: Callable[[], Tensor], attentions: int)
 
     with attach(model, listen):
         assert torch.equal(run(), plain)  # bitwise: the host computes it
+    check_untouched(model, own)
     assert torch.equal(run(), plain)  # bitwise: the same operators
     assert len(seen) == attentions
     for call, output in seen:
@@ -121,10 +131,10 @@ def check_listener(model: nn.Module, run: Callable[[], Tensor], attentions: int)
 
 def check_editor(model: nn.Module, run: Callable[[], Tensor]) -> None:
     """The same by another way gives the same; a head that gives nothing changes the output; nothing of it stays."""
+    own = {name: dict(module.__dict__) for name, module in model.named_modules()}
     plain = run()
     with attach(model, lambda call: replace(call, v=call.v.clone())):
         torch.testing.assert_close(run(), plain, rtol=1e-4, atol=1e-5)
-    own = {name: dict(module.__dict__) for name, module in model.named_modules()}
     first_handle = attach(model, lambda call: None)
     with attach(model, lambda call: replace(call, output=torch.zeros_like(computed(call)))):
         first_handle.remove()
@@ -132,10 +142,7 @@ def check_editor(model: nn.Module, run: Callable[[], Tensor]) -> None:
         assert not torch.allclose(run(), plain)
     with pytest.raises(KeyError), attach(model, lambda call: {}["what"]):
         run()
-    for name, module in model.named_modules():
-        assert module.__dict__.keys() == own[name].keys(), name
-        assert all(module.__dict__[key] is value for key, value in own[name].items() if key != "_buffers"), name
-        assert change_of(module, "forward") is change_of(module, "config") is None
+    check_untouched(model, own)
     assert torch.equal(run(), plain)  # bitwise: the same operators
 
 
