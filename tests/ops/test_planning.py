@@ -177,6 +177,7 @@ def test_tables_without_numbers_have_no_plan(combined):
             regard.plan(combined(pattern), (8,))
 
 
+@pytest.mark.slow
 def test_a_plan_that_memory_does_not_hold_says_so():
     with pytest.raises(ValueError, match=r"no memory holds the tiles of Dense\(\) on \(16777216,\)"):
         regard.plan("dense", (1 << 24,), bias=True)

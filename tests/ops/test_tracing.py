@@ -71,6 +71,7 @@ def test_compiles_where_one_tensor_is_query_key_and_value():
     close(loss_and_gradients(compiled, [x]), loss_and_gradients(function, [x]))
 
 
+@pytest.mark.slow
 def test_compiles_by_the_default_compiler():
     def function(q, k, v, table):
         y = attend(q, k, v, P.Neighborhood(3))
