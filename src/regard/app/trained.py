@@ -86,7 +86,7 @@ def show(name: str, path: str, picture: str, what: str, place: Place, normalise:
         picture: name of the photograph.
         what: one of :func:`layers`.
         place: the query, as fractions of height and width.
-        normalise: see :data:`regard.lens.explain.NORMALISATIONS`; or ``AUTO``, what the model is known to be trained with.
+        normalise: see :data:`regard.models.opening.NORMALISATIONS`; or ``AUTO``, what the model is known to be trained with.
         side: of the image that the model sees, in pixels; by default that which it was made for.
 
     Raises:
